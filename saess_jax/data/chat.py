@@ -1,0 +1,178 @@
+"""Chat messages -> tokens and their kinds, through the tokenizer's own chat template.
+
+Which text is the user's is found by rendering the template with unguessable placeholders for the contents, never by
+looking for words of a template in the result: those a user can type. Axis: S tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+
+from saess_jax.masks import TokenKind, cls_slot
+
+Messages = str | Sequence[dict[str, str]]  # A str is one user turn.
+
+
+def encode_prompt(
+    tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, *, system_prompt: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Everything that stands before the response, without [CLS].
+
+  The contents of user and assistant turns are QUERY, what follows the last of them is HEADER, all else (BOS, role
+  headers, system text) is AUX. Contents are tokenised with special tokens off: "<|im_end|>" typed by a user is plain
+  text. Without such words the ids equal those of `apply_chat_template(..., add_generation_prompt=True)`.
+
+  Args:
+    tokenizer: a fast tokenizer with a chat template.
+    messages: {"role", "content"} each, the last from the user; or the one user turn as str.
+    system_prompt: put in front as a system message; "" leaves what the template puts in by itself.
+
+  Returns:
+    tokens int32 [S], kinds int32 [S].
+
+  Raises:
+    ValueError: no messages, an unknown role, empty content, a last message that is not the user's, two system
+      messages, no chat template, or a template that drops, repeats or reorders contents.
+  """
+  text, spans = _render(tokenizer, _check_messages(messages, system_prompt))
+  if any(word in text[start:stop] for start, stop in spans for word in _special_words(tokenizer)):
+    tokens, owners = _encode_in_pieces(tokenizer, text, spans)
+  else:
+    tokens, owners = _encode_at_once(tokenizer, text, spans)
+  kinds = np.where(owners, TokenKind.QUERY, TokenKind.AUX)
+  kinds[np.flatnonzero(owners)[-1] + 1:] = TokenKind.HEADER
+  return np.asarray(tokens, np.int32), kinds.astype(np.int32)
+
+
+def encode_response(
+    tokenizer: transformers.PreTrainedTokenizerBase, response: str | Sequence[int], max_tokens: int
+) -> np.ndarray:
+  """Response tokens int32: a str with the end-of-turn token behind it, sampled ids as they are.
+
+  At most `max_tokens` before the end-of-turn token; what is longer is cut and then has none. "" is no tokens at all.
+  """
+  tokens = list(response)
+  if isinstance(response, str):
+    tokens = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    tokens += [tokenizer.eos_token_id] if tokens else []
+  ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+  return np.asarray(tokens if len(tokens) <= max_tokens + ended else tokens[:max_tokens], np.int32)
+
+
+def insert_cls(
+    tokens: np.ndarray, kinds: np.ndarray, stage: str, header_sees_cls: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+  """The stored layout: `tokens` and `kinds` with [CLS] (id 0, never read) put into its slot (`masks.cls_slot`)."""
+  slot = cls_slot(kinds, stage, header_sees_cls)
+  return np.insert(tokens, slot, 0), np.insert(kinds, slot, TokenKind.CLS)
+
+
+def encode_example(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt: Messages,
+    response: str | Sequence[int],
+    *,
+    stage: str,
+    header_sees_cls: bool,
+    max_length: int,
+    max_response: int,
+    system_prompt: str = "",
+) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt, [CLS] and response in the stored layout, without padding.
+
+  Args:
+    response: a finished text (an end-of-turn token is added), or sampled token ids, taken as they are.
+    max_length: of the result, [CLS] included; the response is cut to fit.
+    max_response: response tokens before the end-of-turn token.
+
+  Returns:
+    tokens int32 [S], kinds int32 [S].
+
+  Raises:
+    ValueError: a prompt that leaves no room for [CLS] and one response token; else as `encode_prompt`.
+  """
+  tokens, kinds = encode_prompt(tokenizer, prompt, system_prompt=system_prompt)
+  room = max_length - len(tokens) - 1
+  if room < 1:
+    raise ValueError(
+        f"The prompt has {len(tokens)} tokens with its template; max_length {max_length} holds {max_length - 2} beside "
+        f"[CLS] and one response token. Raise data.max_length (and data.buckets) or shorten it: {str(prompt)[:60]!r}")
+  answer = encode_response(tokenizer, response, max_response)[:room]
+  tokens = np.concatenate([tokens, answer])
+  kinds = np.concatenate([kinds, np.full(len(answer), TokenKind.RESPONSE, np.int32)])
+  return insert_cls(tokens, kinds, stage, header_sees_cls)
+
+
+def _check_messages(messages: Messages, system_prompt: str) -> list[dict[str, str]]:
+  messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+  if system_prompt:
+    if messages and messages[0].get("role") == "system":
+      raise ValueError("Both system_prompt and a system message are given; drop one of them.")
+    messages = [{"role": "system", "content": system_prompt}, *messages]
+  if not messages:
+    raise ValueError("No messages; expected at least one of role user.")
+  for index, message in enumerate(messages):
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+      raise ValueError(f"Message {index} has role {role!r}; expected system, user or assistant.")
+    if not isinstance(content, str) or not content.strip():
+      raise ValueError(f"Message {index} ({role}) has content {content!r}; expected text.")
+  if messages[-1]["role"] != "user":
+    raise ValueError(f"The last message has role {messages[-1]['role']!r}; a response follows on a user message.")
+  return messages
+
+
+def _render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+  """The rendered template, and where in it each user or assistant content stands, [start, stop) in characters."""
+  if not tokenizer.chat_template:
+    raise ValueError(f"{type(tokenizer).__name__} has no chat template; set tokenizer.chat_template.")
+  mark = secrets.token_hex(16)
+  # Tabs around a mark that are gone from the rendering show that the template trims contents there (Llama).
+  marked = [
+      message if message["role"] == "system" else {**message, "content": f"\t{mark}-{index};\t"}
+      for index, message in enumerate(messages)
+  ]
+  rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+  # [template text, tab or not, index, tab or not, template text, ...]
+  pieces = re.split(rf"(\t?){mark}-(\d+);(\t?)", rendered)
+  found = [int(index) for index in pieces[2::4]]
+  expected = [index for index, message in enumerate(messages) if message["role"] != "system"]
+  if found != expected:
+    raise ValueError(f"The chat template renders the contents of messages {found}; expected {expected}, each once.")
+  text, spans = pieces[0], []
+  for left, index, right, template in zip(*(pieces[i::4] for i in range(1, 5))):
+    content = messages[int(index)]["content"]
+    content = content if left else content.lstrip()
+    content = content if right else content.rstrip()
+    spans.append((len(text), len(text) + len(content)))
+    text += content + template
+  return text, spans
+
+
+def _special_words(tokenizer) -> list[str]:
+  return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _encode_at_once(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
+  """Ids, and for each whether it holds a character of a span. Exact also where a tokenizer marks word starts (Llama)."""
+  encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+  starts, stops = np.asarray(encoding.offset_mapping).T
+  starts = np.minimum(starts, stops - 1)  # Byte-level tokenizers may report a token of white space as empty.
+  return encoding.input_ids, np.any([(starts < stop) & (stops > start) for start, stop in spans], axis=0)
+
+
+def _encode_in_pieces(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
+  """As `_encode_at_once`, with special tokens off inside the spans and no token across their borders."""
+  tokens, owners = [], []
+  cuts = [0, *(cut for span in spans for cut in span), len(text)]
+  for index, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+    is_content = index % 2 == 1
+    ids = tokenizer(text[start:stop], add_special_tokens=False, split_special_tokens=is_content).input_ids
+    tokens += ids
+    owners += [is_content] * len(ids)
+  return tokens, np.asarray(owners)

@@ -1,0 +1,221 @@
+"""Rows of labelled prompts: the embedded set, or a user's CSV, JSONL and text files.
+
+A file needs one prompt column; names are matched whatever their case, and where a file has several of them the first
+in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, both optional and possibly empty). A filled
+`input` column beside an `instruction` prompt (Alpaca) is appended to it after a blank line. `label` takes one of
+`LABEL_WORDS`. A `.txt` file holds one prompt a line and no labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import importlib.resources
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+LABELS = ("benign", "malicious")  # The index is `Row.label`.
+PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question")
+RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
+LABEL_WORDS = {
+    "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
+    "malicious": 1, "unsafe": 1, "harmful": 1, "1": 1, "true": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One prompt. `response` is the refusal or answer to train on, "" where the file gives none."""
+
+  prompt: str
+  response: str
+  label: int  # 1 malicious, 0 benign.
+  category: str
+  source: str  # File name, or what the embedded set says.
+
+
+def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
+  """Rows of one file, or of several separated by commas, in file order.
+
+  Args:
+    paths: "a.csv" or "a.csv,b.jsonl"; endings .csv, .jsonl, .txt.
+    default_label: the label (a word or number of `LABEL_WORDS`) of rows that have none.
+
+  Raises:
+    FileNotFoundError: a file that does not exist.
+    ValueError: another ending, an empty file, a malformed row (file, line and fault are named), no prompt column, an
+      unknown label word, or a missing label without a `default_label`.
+  """
+  names = [name.strip() for name in paths.split(",") if name.strip()]
+  if not names:
+    raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
+  default = None if default_label is None else _label(default_label, "default_label")
+  return [row for name in names for row in _read_file(pathlib.Path(name), default)]
+
+
+def embedded_rows(split: str, path: str | None = None) -> list[Row]:
+  """Rows of the set that ships with the package; `path` names another file of the same form.
+
+  Raises:
+    ValueError: an unknown split, a malformed row, or a split without rows.
+  """
+  _check_split(split)
+  file = importlib.resources.files(__package__) / "embedded.jsonl" if path is None else pathlib.Path(path)
+  rows = []
+  for line, record in _read_jsonl(file.read_text(encoding="utf-8"), file.name):
+    if record.get("split") not in SPLITS:
+      raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
+    if record["split"] == split:
+      rows.append(dataclasses.replace(_row(record, file.name, line, None), source=str(record.get("source", file.name))))
+  if not rows:
+    raise ValueError(f"{file.name} has no {split} rows.")
+  return rows
+
+
+def split_rows(rows: Sequence[Row], seed: int = 0) -> dict[str, list[Row]]:
+  """Divides rows 80/10/10 into train, validation and test by a hash of the prompt and `seed`.
+
+  A prompt stays in its split when rows are added or reordered, and equal prompts are never on both sides. The shares
+  of a small file are therefore approximate; a split without rows is left out.
+  """
+  by_split = {split: [row for row in rows if _split_of(row.prompt, seed) == split] for split in SPLITS}
+  return {split: kept for split, kept in by_split.items() if kept}
+
+
+def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
+  """One split of "embedded", or of user files (`read_rows`, `split_rows`).
+
+  Raises:
+    ValueError, FileNotFoundError: an unknown split, one without rows, or what `read_rows` raises.
+  """
+  _check_split(split)
+  if source == "embedded":
+    return embedded_rows(split)
+  rows = read_rows(source)
+  by_split = split_rows(rows, seed)
+  if split not in by_split:
+    raise ValueError(f"None of the {len(rows)} rows of {source} falls into the {split} split; add rows.")
+  return by_split[split]
+
+
+def require_two_classes(rows: Sequence[Row], where: str) -> None:
+  """Raises ValueError unless `rows` holds both labels: a classifier cannot be trained on one."""
+  counts = [sum(row.label == label for row in rows) for label in range(len(LABELS))]
+  if not all(counts):
+    raise ValueError(
+        f"{where} has {counts[0]} benign and {counts[1]} malicious rows; training needs both. Name a second file in "
+        "data.source, separated by a comma, or check the label column.")
+
+
+def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0) -> list[Row]:
+  """At most `per_label` rows of each label, drawn at random and kept in order. 0: all rows."""
+  if not per_label:
+    return list(rows)
+  rng, kept = np.random.default_rng(seed), []
+  for label in range(len(LABELS)):
+    indices = [i for i, row in enumerate(rows) if row.label == label]
+    kept.extend(rng.permutation(indices)[:per_label])
+  return [rows[int(i)] for i in sorted(kept)]
+
+
+def _check_split(split: str) -> None:
+  if split not in SPLITS:
+    raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
+
+
+def _split_of(prompt: str, seed: int) -> str:
+  share = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:8], "big") / 2**64
+  return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
+  readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}
+  if path.suffix.lower() not in readers:
+    raise ValueError(f"{path} ends in {path.suffix!r}; expected {', '.join(readers)}.")
+  if not path.is_file():
+    raise FileNotFoundError(f"Data file {path} does not exist; several files are separated by commas.")
+  try:
+    text = path.read_text(encoding="utf-8-sig")  # A byte order mark would become part of the first column's name.
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+  records = readers[path.suffix.lower()](text, path.name)
+  if not records:
+    raise ValueError(f"{path} is empty: it has no rows.")
+  return [_row(record, path.name, line, default_label) for line, record in records]
+
+
+def _read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  reader = csv.DictReader(io.StringIO(text), strict=True)
+  records = []
+  try:
+    for record in reader:
+      if None in record:
+        raise ValueError(
+            f"{name}:{reader.line_num}: {len(record[None])} more fields than the {len(reader.fieldnames)} columns; "
+            "put text that contains commas in double quotes.")
+      missing = [column for column, value in record.items() if value is None]
+      if missing:
+        raise ValueError(f"{name}:{reader.line_num}: no field for column {', '.join(missing)}.")
+      records.append((reader.line_num, record))
+  except csv.Error as error:
+    raise ValueError(f"{name}:{reader.line_num}: malformed CSV: {error}.") from error
+  return records
+
+
+def _read_jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  records = []
+  for line, content in enumerate(text.split("\n"), 1):  # Not splitlines: JSON strings may hold U+2028 as it is.
+    if not content.strip():
+      continue
+    try:
+      record = json.loads(content)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{name}:{line}: malformed JSON: {error}.") from error
+    if not isinstance(record, dict):
+      raise ValueError(f"{name}:{line}: a JSON {type(record).__name__}; expected one object a line.")
+    records.append((line, record))
+  return records
+
+
+def _read_txt(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  del name
+  return [(line, {"prompt": content}) for line, content in enumerate(text.splitlines(), 1) if content.strip()]
+
+
+def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
+  where = f"{name}:{line}"
+  fields = {column.strip().lower(): value for column, value in record.items()}
+  column = next((column for column in PROMPT_COLUMNS if column in fields), None)
+  if column is None:
+    raise ValueError(
+        f"{where}: no prompt column; expected one of {', '.join(PROMPT_COLUMNS)}, found {', '.join(record)}.")
+  prompt = fields[column]
+  if not isinstance(prompt, str) or not prompt.strip():
+    raise ValueError(f"{where}: {column} is {prompt!r}; expected text.")
+  if column == "instruction" and fields.get("input"):
+    prompt = f"{prompt}\n\n{fields['input']}"
+  response = next((fields[column] for column in RESPONSE_COLUMNS if fields.get(column)), "")
+  if not isinstance(response, str):
+    raise ValueError(f"{where}: the response is {response!r}; expected text.")
+  label = default_label
+  if fields.get("label") not in (None, ""):
+    label = _label(fields["label"], where)
+  if label is None:
+    raise ValueError(
+        f"{where}: no label. Add a column label ({' or '.join(LABELS)}) or, where all rows have the same, give a "
+        "default_label.")
+  return Row(prompt, response, label, str(fields.get("category") or ""), name)
+
+
+def _label(value: str | int, where: str) -> int:
+  word = str(value).strip().lower()
+  if word not in LABEL_WORDS:
+    raise ValueError(f"{where}: label is {value!r}; expected one of {', '.join(LABEL_WORDS)}.")
+  return LABEL_WORDS[word]

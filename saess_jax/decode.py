@@ -1,0 +1,316 @@
+"""The decoder: one `lax.while_loop` that asks [CLS] after every token and steers by the answer.
+
+Each step runs two query rows, [CLS, newest token], through the layers together, so that re-evaluating [CLS] costs no
+second pass over the weights. Buffers are static and every row of a batch takes one cache slot a step; a token that is
+cut by rollback becomes PAD where it lies, so nothing is ever moved.
+
+What comes next in a row is, in this order: the rest of the caller's response prefix, the refusal prefix once the policy
+has intervened, a sampled token. All of them pass through the same step and are judged alike.
+
+Axes: B batch, S prompt slots, E buffer of response tokens, T = S + E cache slots, F prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saess_jax import masks, policy, sampling
+from saess_jax import schedule as schedule_lib
+from saess_jax.attention import Step
+from saess_jax.config import SafetyConfig
+from saess_jax.masks import TokenKind
+from saess_jax.model import Llama, Params, init_cache
+from saess_jax.sampling import SamplingConfig
+
+
+@flax.struct.dataclass
+class Prompt:
+  """A batch of ragged prompts; `pad_prompts` makes it.
+
+  Attributes:
+    tokens, kinds: int32 [B, S], [CLS] stored at `masks.cls_slot`, PAD at the right.
+    prefix: int32 [B, F], tokens that the response begins with (a prefill attack, an assistant prefix).
+    prefix_length: int32 [B].
+  """
+
+  tokens: jax.Array
+  kinds: jax.Array
+  prefix: jax.Array
+  prefix_length: jax.Array
+
+
+@flax.struct.dataclass
+class DecodeConfig:
+  """How to decode; `decode_config` makes it from words. Only `buffer` and safety's words are static.
+
+  Attributes:
+    safety: None decodes as a plain language model: nothing sees [CLS] and nothing intervenes.
+    sampling: see there.
+    max_new_tokens: int, response tokens after the caller's prefix; at most `buffer` of both together.
+    stop_ids: int32 [K], tokens that end a response (and are not part of it).
+    refusal: int32 [F], what an intervention inserts.
+    schedule: bool [E].
+    buffer: E, response slots (static).
+  """
+
+  safety: SafetyConfig | None
+  sampling: SamplingConfig
+  max_new_tokens: jax.Array
+  stop_ids: jax.Array
+  refusal: jax.Array
+  schedule: jax.Array
+  buffer: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class DecodeResult:
+  """What happened.
+
+  Attributes:
+    tokens: int32 [B, E], the response with the caller's prefix and any refusal prefix, without what rollback cut and
+      without the stop token; 0 behind `lengths` int32 [B].
+    cls_prob: float32 [B, E], P(malicious) after each step's token, NaN where [CLS] was not evaluated.
+    phase: int32 [B, E] of `policy.Phase` after each step.
+    step_tokens: int32 [B, E], the token of each step, what was cut later included; equals `tokens` without rollback.
+    steps: int32 [B], steps the row was alive.
+    initial_prob: float32 [B], of the query alone (NaN without safety).
+    intervened_at, transition_at, leaked: int32 [B], as in `policy.PolicyState`.
+    evaluations: int32 [B], re-evaluations of [CLS], the initial one not counted.
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+  cls_prob: jax.Array
+  phase: jax.Array
+  step_tokens: jax.Array
+  steps: jax.Array
+  initial_prob: jax.Array
+  intervened_at: jax.Array
+  transition_at: jax.Array
+  leaked: jax.Array
+  evaluations: jax.Array
+
+
+@flax.struct.dataclass
+class LoopState:
+  """The loop's state.
+
+  Attributes:
+    step: int32 scalar, tokens processed so far; also the next free response slot.
+    token: int32 [B], chosen for this step and not yet processed.
+    done: bool [B].
+    kinds: int32 [B, T], kinds of the cache's slots; PAD is unused, padding, or cut.
+    count: int32 [B], response tokens that stand.
+    inserted: int32 [B], tokens of the refusal already chosen.
+    verdicts: PolicyState.
+    result: DecodeResult, filled as the loop goes (tokens and lengths at the end).
+    cache: of the model.
+  """
+
+  step: jax.Array
+  token: jax.Array
+  done: jax.Array
+  kinds: jax.Array
+  count: jax.Array
+  inserted: jax.Array
+  verdicts: policy.PolicyState
+  result: DecodeResult
+  cache: Any
+
+
+def pad_prompts(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], prefixes: Sequence[Sequence[int]] | None = None,
+    length: int | None = None, prefix_length: int | None = None,
+) -> Prompt:
+  """Ragged (tokens, kinds) pairs, [CLS] in place, -> a padded batch of numpy arrays.
+
+  Args:
+    prefixes: response prefix tokens of each row, none by default.
+    length, prefix_length: sizes to pad to; by default the next multiple of 32 and of 8 (0 without a prefix), so that
+      few shapes are compiled.
+
+  Raises:
+    ValueError: no rows, as many prefixes as rows not given, a row longer than `length`, or a row without just one CLS.
+  """
+  if not rows:
+    raise ValueError("No prompts were given; expected at least one.")
+  prefixes = [[]] * len(rows) if prefixes is None else prefixes
+  if len(prefixes) != len(rows):
+    raise ValueError(f"{len(prefixes)} response prefixes were given for {len(rows)} prompts; expected one each.")
+  longest, longest_prefix = max(len(tokens) for tokens, _ in rows), max(map(len, prefixes))
+  length = -(-longest // 32) * 32 if length is None else length
+  prefix_length = -(-longest_prefix // 8) * 8 if prefix_length is None else prefix_length
+  if longest > length or longest_prefix > prefix_length:
+    raise ValueError(
+        f"The longest prompt has {longest} tokens and the longest prefix {longest_prefix}; they must fit into "
+        f"{length} and {prefix_length}. Shorten them or raise the sizes.")
+  for i, (_, kinds) in enumerate(rows):
+    if np.sum(np.asarray(kinds) == TokenKind.CLS) != 1:
+      raise ValueError(f"Prompt {i} holds {np.sum(np.asarray(kinds) == TokenKind.CLS)} CLS tokens; expected one.")
+  pad = lambda rows, size: np.stack([np.pad(np.asarray(r, np.int32), (0, size - len(r))) for r in rows])
+  return Prompt(
+      tokens=pad([tokens for tokens, _ in rows], length), kinds=pad([kinds for _, kinds in rows], length),
+      prefix=pad(prefixes, prefix_length), prefix_length=np.asarray([len(p) for p in prefixes], np.int32))
+
+
+def decode_config(
+    tokenizer: Any, safety: SafetyConfig | None = SafetyConfig(), sampling_config: SamplingConfig = SamplingConfig(),
+    max_new_tokens: int = 128, buffer: int | None = None,
+) -> DecodeConfig:
+  """Turns words into what `decode` reads: token ids of the refusal and of the end, the schedule as an array.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer; its end-of-sequence token stops a response.
+    safety: None for a plain language model.
+    buffer: response slots, by default the next multiple of 32 that holds max_new_tokens and what rollback may cut.
+
+  Raises:
+    ValueError: max_new_tokens is not positive or exceeds the buffer, an unknown schedule, or an empty refusal.
+  """
+  cut = 0 if safety is None else int(safety.tau)
+  buffer = -(-(max_new_tokens + cut) // 32) * 32 if buffer is None else buffer
+  if not 0 < max_new_tokens <= buffer:
+    raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 to the buffer of {buffer}.")
+  refusal = []
+  if safety is not None:
+    text = safety.fixed_refusal if safety.dependency == "high" else safety.refusal_prefix
+    refusal = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not refusal and safety.dependency != "low":
+      raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
+  return DecodeConfig(
+      safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
+      stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(refusal, np.int32),
+      schedule=schedule_lib.as_array("first" if safety is None else safety.schedule, buffer), buffer=buffer)
+
+
+def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> DecodeResult:
+  """Generates a response for every row of `prompt`; jit-able with `model` static.
+
+  One compilation serves a shape of prompt and a buffer: max_new_tokens, thresholds, tau, r's, sampling numbers, the
+  refusal of a given length and the schedule are data.
+
+  Args:
+    model: layers in either form; unrolled (`scan_layers=False`) is the faster one on CPU.
+    params: of that form.
+    rng: one PRNG key (row i draws from `fold_in(rng, i)`), or [B] keys.
+    config: see there.
+  """
+  batch, length = prompt.tokens.shape
+  keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
+  state = _prefill(model, params, prompt, keys, config)
+  running = lambda s: (s.step < config.buffer) & ~jnp.all(s.done)
+  state = jax.lax.while_loop(running, lambda s: _step(model, params, prompt, keys, config, s), state)
+
+  stands = state.kinds[:, length:] == TokenKind.RESPONSE
+  order = jnp.argsort(~stands, axis=1, stable=True)
+  tokens = jnp.take_along_axis(jnp.where(stands, state.result.step_tokens, 0), order, axis=1)
+  return state.result.replace(
+      tokens=tokens, lengths=state.count, intervened_at=state.verdicts.intervened_at,
+      transition_at=state.verdicts.transition_at, leaked=state.verdicts.leaked)
+
+
+def _prefill(model, params, prompt, keys, config) -> LoopState:
+  """Reads the prompt in one pass, takes the initial verdict and chooses the first response token."""
+  batch, length = prompt.tokens.shape
+  cache = init_cache(model.config, batch, length + config.buffer)
+  # Without safety nobody may see [CLS], wherever it is stored: pretraining's mask says just that.
+  how = {"mask": masks.attention_mask(prompt.kinds, "pretrain")} if config.safety is None else {"stage": "sft"}
+  out = model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, cache=cache, **how)
+  if config.safety is None:
+    initial = jnp.full(batch, jnp.nan)
+    verdicts = policy.start(initial, SafetyConfig(dependency="low"))
+  else:
+    initial = jax.nn.sigmoid(out.cls_logit)
+    verdicts = policy.start(initial, config.safety)
+  last = jnp.sum(prompt.kinds != TokenKind.PAD, axis=1) - 1
+  logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
+  unwritten = jnp.zeros((batch, config.buffer), jnp.int32)
+  zeros = jnp.zeros(batch, jnp.int32)
+  state = LoopState(
+      step=jnp.zeros((), jnp.int32), token=zeros, done=jnp.zeros(batch, bool),
+      kinds=jnp.pad(prompt.kinds, ((0, 0), (0, config.buffer))), count=zeros, inserted=zeros, verdicts=verdicts,
+      result=DecodeResult(
+          tokens=unwritten, lengths=zeros, cls_prob=jnp.full((batch, config.buffer), jnp.nan), phase=unwritten,
+          step_tokens=unwritten, steps=zeros, initial_prob=initial, intervened_at=verdicts.intervened_at,
+          transition_at=verdicts.transition_at, leaked=verdicts.leaked, evaluations=zeros),
+      cache=out.cache)
+  return _choose(prompt, keys, config, state, logits)
+
+
+def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
+  """Processes the chosen token: append, judge, cut, choose the next."""
+  length = prompt.tokens.shape[1]
+  slot, t, alive = length + s.step, s.count, ~s.done
+  kinds = s.kinds.at[:, slot].set(jnp.where(alive, TokenKind.RESPONSE, TokenKind.PAD))
+  text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
+  position = jnp.sum(text, axis=1)  # The newest token's: all others count from 1.
+
+  if config.safety is None:
+    wanted = jnp.zeros_like(alive)
+    inputs, row_kinds = s.token[:, None], jnp.full((len(alive), 1), TokenKind.RESPONSE)
+    positions, visible = position[:, None], text[:, None]
+  else:
+    scheduled = config.schedule[jnp.minimum(t, config.buffer - 1)]
+    judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
+    wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive & judged
+    window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
+    inputs, row_kinds = jnp.stack([jnp.zeros_like(s.token), s.token], axis=1), jnp.full((len(alive), 2), TokenKind.RESPONSE)
+    row_kinds = row_kinds.at[:, 0].set(TokenKind.CLS)
+    positions = jnp.stack([jnp.zeros_like(position), position], axis=1)
+    visible = jnp.concatenate([window, text[:, None]], axis=1)
+
+  sees_cls = jnp.full(alive.shape, config.safety is not None)
+  out = model.apply(
+      {"params": params}, inputs, kinds=row_kinds, positions=positions, cache=s.cache,
+      step=Step(slot=slot, visible=visible, refresh=wanted, sees_cls=sees_cls))
+  result = s.result.replace(
+      step_tokens=s.result.step_tokens.at[:, s.step].set(jnp.where(alive, s.token, 0)),
+      steps=s.result.steps + alive, evaluations=s.result.evaluations + wanted)
+  count, verdicts = t + alive, s.verdicts
+  if config.safety is not None:
+    prob = jax.nn.sigmoid(out.cls_logit)
+    verdicts = policy.update(s.verdicts, t, prob, wanted, config.safety)
+    convicted = (verdicts.intervened_at > 0) & (s.verdicts.intervened_at < 0)
+    cut = convicted & config.safety.rollback
+    index = jnp.cumsum(kinds == TokenKind.RESPONSE, axis=1) - 1
+    gone = cut[:, None] & (kinds == TokenKind.RESPONSE) & (index >= verdicts.transition_at[:, None])
+    kinds = jnp.where(gone, TokenKind.PAD, kinds)
+    count = jnp.where(cut, verdicts.transition_at, count)
+    result = result.replace(
+        cls_prob=result.cls_prob.at[:, s.step].set(jnp.where(wanted, prob, jnp.nan)),
+        phase=result.phase.at[:, s.step].set(jnp.where(alive, verdicts.phase, 0)))
+  state = s.replace(
+      step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=out.cache)
+  return _choose(prompt, keys, config, state, out.logits[:, -1])
+
+
+def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:
+  """Sets the next token of every row and ends the rows that are finished."""
+  step_keys = jax.vmap(jax.random.fold_in)(keys, s.count)
+  token = sampling.sample(logits, step_keys, config.sampling)
+  stops = jnp.any(token[:, None] == config.stop_ids, axis=1)
+
+  inserted, refusing = s.inserted, s.verdicts.intervened_at >= 0
+  size = config.refusal.shape[0]
+  if config.safety is not None and size:
+    inserting = refusing & (s.inserted < size)
+    token = jnp.where(inserting, config.refusal[jnp.minimum(s.inserted, size - 1)], token)
+    stops = jnp.where(inserting, False, stops | (refusing & (config.safety.dependency == "high")))
+    inserted = s.inserted + inserting
+
+  if prompt.prefix.shape[1]:
+    # Rollback may have cut into the prefix: its rest is then gone too, and the refusal follows at once.
+    supplied = (s.count < prompt.prefix_length) & (s.step == s.count)
+    at = jnp.minimum(s.count, prompt.prefix.shape[1] - 1)[:, None]
+    token = jnp.where(supplied, jnp.take_along_axis(prompt.prefix, at, axis=1)[:, 0], token)
+    stops &= ~supplied
+    inserted = jnp.where(supplied, s.inserted, inserted)
+
+  full = s.count >= prompt.prefix_length + config.max_new_tokens
+  return s.replace(token=token, inserted=inserted, done=s.done | stops | full)

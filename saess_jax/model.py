@@ -1,0 +1,308 @@
+"""A Llama in linen: pure functions of params, with one [CLS] row that says how malicious things are.
+
+`Llama(config).apply({"params": params}, tokens)` with nothing else is the plain causal language model. With `kinds` and
+`stage` the [CLS] takes part. Architecture here, numbers in `config.py`, sharding in `sharding.py`: a parameter carries
+logical axis names only.
+
+Axes: B batch, S stored sequence, P probes, D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, L layers.
+
+Params, unrolled form (`stack_layers` makes `layers` with a leading L axis out of `layers_0`, `layers_1`, ...):
+
+  embed/embedding [V, D]        cls_embedding [D]        final_norm/scale [D]
+  layers_0/attn_norm/scale [D]  cls_head/kernel [D, 1]   lm_head/kernel [D, V] (absent when tied)
+  layers_0/attn/{q [D, N, H], k, v [D, K, H], o [N, H, D]}/kernel
+  layers_0/mlp_norm/scale [D]   cls_head/bias [1]
+  layers_0/mlp/{gate, up [D, F], down [F, D]}/kernel
+
+Any projection also takes a low-rank update from the collection "lora" (`adapters.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from saess_jax import attention, masks
+from saess_jax.config import ModelConfig, dtype_of
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Output:
+  """What one call returns.
+
+  Attributes:
+    hidden: [B, S, D] after the final norm, in the compute dtype.
+    logits: float32 [B, S, V]. A jitted caller that does not read them does not pay for them.
+    cls_logit: float32 [B], log-odds of malicious from the stored CLS; None if there is none.
+    probe_logits: float32 [B, P], the same from each probe; None without probes.
+    cache: `LayerCache` stacked on L, or a tuple of L of them when layers are unrolled; None without one.
+  """
+
+  hidden: jax.Array
+  logits: jax.Array
+  cls_logit: jax.Array | None = None
+  probe_logits: jax.Array | None = None
+  cache: Any = None
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale, in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+        "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],),
+        dtype_of(self.config.param_dtype))
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.norm_eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class Projection(nn.Module):
+  """Contracts the last `contracted` axes of x with a kernel of shape `shape`, plus a low-rank update if one is given."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  config: ModelConfig
+  contracted: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    fan_in = math.prod(self.shape[: self.contracted])
+    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), self.axes)
+    kernel = self.param("kernel", init, self.shape, dtype_of(self.config.param_dtype))
+    out = jnp.tensordot(x, kernel.astype(x.dtype), self.contracted)
+    if self.has_variable("lora", "a"):
+      a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+      out += jnp.tensordot(jnp.tensordot(x, a, self.contracted), b, 1)
+    return out
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, angles, sight, step, cache):
+    c = self.config
+    project = lambda heads, axis, name: Projection(
+        (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim"), c, name=name)(x)
+    q = attention.apply_rope(project(c.num_heads, "heads", "q"), angles)
+    k = attention.apply_rope(project(c.num_kv_heads, "kv_heads", "k"), angles)
+    v = project(c.num_kv_heads, "kv_heads", "v")
+    if step is not None:
+      out, cache = attention.attend_step(q, k, v, step, cache)
+    else:
+      out = attention.attend(q, k, v, sight)
+      cache = None if cache is None else _fill(cache, k, v, sight)
+    output = Projection(
+        (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), c, contracted=2, name="o")
+    return output(out), cache
+
+
+def _fill(cache: attention.LayerCache, k: jax.Array, v: jax.Array, sight: attention.Sight) -> attention.LayerCache:
+  """Writes the K and V [B, S, K, H] of a whole prompt to slots 0..S-1, those of CLS to their own place too."""
+  if sight.cls_index is not None:
+    batch = jnp.arange(k.shape[0])
+    cache = cache.replace(cls_k=k[batch, sight.cls_index], cls_v=v[batch, sight.cls_index])
+  return cache.replace(
+      k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, 0, axis=1),
+      v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, 0, axis=1))
+
+
+class Mlp(nn.Module):
+  """SwiGLU."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    into = lambda name: Projection((c.embed_dim, c.mlp_dim), ("embed", "mlp"), c, name=name)(x)
+    return Projection((c.mlp_dim, c.embed_dim), ("mlp", "embed"), c, name="down")(nn.silu(into("gate")) * into("up"))
+
+
+class Block(nn.Module):
+  """One layer, pre-norm."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, cache, angles, sight, step):
+    mixed, cache = Attention(self.config, name="attn")(RMSNorm(self.config, name="attn_norm")(x), angles, sight, step, cache)
+    x = nn.with_logical_constraint(x + mixed, ("batch", "length", "activation"))
+    x += Mlp(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    return nn.with_logical_constraint(x, ("batch", "length", "activation")), cache
+
+
+class Llama(nn.Module):
+  """See the module docstring."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+      self, tokens: jax.Array, *, kinds: jax.Array | None = None, positions: jax.Array | None = None,
+      stage: str | None = None, mask: jax.Array | None = None, cls_visible: jax.Array | None = None,
+      probe_visible: jax.Array | None = None, cache: Any = None, step: attention.Step | None = None,
+  ) -> Output:
+    """Runs the model over full sequences, or over one decoding step.
+
+    Args:
+      tokens: int32 [B, S]; ids at CLS and PAD slots are not read.
+      kinds: int32 [B, S] of TokenKind. None: every token is plain text, no CLS.
+      positions: int32 [B, S] of RoPE. None: `masks.rope_positions(kinds)`, or 0, 1, ... without kinds.
+      stage: "sft" or "pretrain" with kinds in a full sequence. CLS must be stored at `masks.cls_slot` and PAD at the
+        right, which makes causal attention exact; for any other order give the dense `mask`.
+      mask: bool [B, S, S], the dense reference path; `masks.attention_mask` makes it.
+      cls_visible: bool [B, S], what CLS sees, in place of the stage's rule.
+      probe_visible: bool [B, P, S], what each of P probes sees; nobody sees a probe, and they cost P tokens.
+      cache: from `init_cache`; a full sequence fills slots 0..S-1, a step one more.
+      step: decoding: tokens are [B, 1], or [B, 2] with CLS first; needs kinds, positions and cache.
+
+    Raises:
+      ValueError: kinds in a full sequence with neither stage nor mask, or probes together with a mask.
+    """
+    c, dtype = self.config, dtype_of(self.config.dtype)
+    embedding = self.param(
+        "embed", lambda key: {"embedding": nn.with_logical_partitioning(
+            nn.initializers.normal(0.02), ("vocab", "embed"))(key, (c.vocab_size, c.embed_dim), dtype_of(c.param_dtype))}
+    )["embedding"]
+    cls_embedding = self.param(
+        "cls_embedding", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm",)), (c.embed_dim,),
+        dtype_of(c.param_dtype))
+
+    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    if kinds is not None:
+      x = jnp.where((kinds == masks.TokenKind.CLS)[..., None], cls_embedding.astype(dtype), x)
+    if positions is None:
+      positions = jnp.arange(tokens.shape[1])[None] if kinds is None else masks.rope_positions(kinds)
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    if probe_visible is not None:
+      probes = probe_visible.shape[1]
+      x = jnp.concatenate([x, jnp.broadcast_to(cls_embedding.astype(dtype), (x.shape[0], probes, c.embed_dim))], axis=1)
+      positions = jnp.pad(positions, ((0, 0), (0, probes)))
+    x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
+    sight = None if step is not None else self._sight(tokens, kinds, stage, mask, cls_visible, probe_visible)
+
+    x, cache = self._layers(x, cache, attention.rope_angles(positions, c), sight, step)
+    hidden = RMSNorm(c, name="final_norm")(x)
+    size = tokens.shape[1]
+    if c.tie_embeddings:
+      head = embedding.T
+    else:
+      head = self.param("lm_head", lambda key: {"kernel": nn.with_logical_partitioning(
+          nn.initializers.normal(c.embed_dim**-0.5), ("embed", "vocab"))(
+              key, (c.embed_dim, c.vocab_size), dtype_of(c.param_dtype))})["kernel"]
+    logits = jnp.matmul(hidden[:, :size], head.astype(dtype), preferred_element_type=jnp.float32)
+
+    classify = ClsHead(name="cls_head")
+    cls_logit = probe_logits = None
+    if kinds is not None or self.is_initializing():
+      is_cls = jnp.zeros_like(tokens) if kinds is None else kinds == masks.TokenKind.CLS
+      at_cls = jnp.take_along_axis(hidden[:, :size], jnp.argmax(is_cls, axis=1)[:, None, None], axis=1)
+      cls_logit = classify(at_cls)[:, 0]
+    if probe_visible is not None:
+      probe_logits = classify(hidden[:, size:])
+    return Output(hidden[:, :size], logits, cls_logit, probe_logits, cache)
+
+  def _sight(self, tokens, kinds, stage, mask, cls_visible, probe_visible) -> attention.Sight:
+    """Turns the caller's words about visibility into what the layers read."""
+    size, window = tokens.shape[1], self.config.sliding_window
+    if mask is not None:
+      if probe_visible is not None:
+        raise ValueError("probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
+      return attention.Sight(mask=mask)
+    if kinds is None:
+      if window is None or size <= window:
+        return attention.Sight()
+      return attention.Sight(mask=jnp.broadcast_to(_band(size, window), (tokens.shape[0], size, size)))
+    if stage is None:
+      raise ValueError('kinds were given with neither stage ("sft", "pretrain") nor mask: who may see [CLS]?')
+    is_cls = kinds == masks.TokenKind.CLS
+    if window is not None and size > window:
+      raise ValueError(
+          f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost; shorten the "
+          "sequence, or set sliding_window to None.")
+    if cls_visible is None:
+      cls_visible = masks.cls_visibility(kinds, stage)
+    rows = (cls_visible & ~is_cls)[:, None]
+    if probe_visible is not None:
+      rows = jnp.concatenate([rows, probe_visible & ~is_cls[:, None]], axis=1)
+    cls_index = jnp.where(is_cls.any(axis=1), jnp.argmax(is_cls, axis=1), -1)
+    return attention.Sight(cls_index=cls_index, rows=rows)
+
+  def _layers(self, x, cache, angles, sight, step):
+    c = self.config
+    block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+    if c.scan_layers:
+      scanned = nn.scan(
+          block, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.num_layers,
+          metadata_params={nn.PARTITION_NAME: "layers"})
+      return scanned(c, name="layers")(x, cache, angles, sight, step)
+    caches = []
+    for i in range(c.num_layers):
+      x, layer_cache = block(c, name=f"layers_{i}")(x, None if cache is None else cache[i], angles, sight, step)
+      caches.append(layer_cache)
+    return x, None if cache is None else tuple(caches)
+
+
+class ClsHead(nn.Module):
+  """One logit in float32: the log-odds of malicious."""
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    kernel = self.param(
+        "kernel", nn.with_logical_partitioning(nn.initializers.zeros, ("norm", None)), (hidden.shape[-1], 1), jnp.float32)
+    bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,), jnp.float32)
+    return (hidden.astype(jnp.float32) @ kernel + bias)[..., 0]
+
+
+def _band(size: int, window: int) -> jax.Array:
+  row, column = jnp.arange(size)[:, None], jnp.arange(size)
+  return (column <= row) & (row - column < window)
+
+
+def output_head(params: Params) -> jax.Array:
+  """The matrix [D, V] from hidden states to logits, tied or not."""
+  return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
+  """An empty cache of `slots` tokens for `batch` rows, in the form (stacked or per layer) that the model's layers have."""
+  shape, dtype = (batch, slots, config.num_kv_heads, config.head_dim), dtype_of(config.dtype)
+  front = (config.num_layers,) if config.scan_layers else ()
+  def one():
+    tokens, cls = jnp.zeros((*front, *shape), dtype), jnp.zeros((*front, batch, *shape[2:]), dtype)
+    return attention.LayerCache(k=tokens, v=tokens, cls_k=cls, cls_v=cls)
+  return one() if config.scan_layers else tuple(one() for _ in range(config.num_layers))
+
+
+def stack_layers(params: Params) -> Params:
+  """Unrolled params (`layers_0`, ...) -> scan form (`layers`, leaves with a leading L axis). Others pass through."""
+  count = sum(name.startswith("layers_") for name in params)
+  rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+  if count == 0:
+    return rest
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layers_{i}"] for i in range(count)))
+  return rest | {"layers": stacked}
+
+
+def unstack_layers(params: Params) -> Params:
+  """The inverse of `stack_layers`."""
+  rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+  if "layers" not in params:
+    return rest
+  count = jax.tree.leaves(params["layers"])[0].shape[0]
+  return rest | {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(count)}

@@ -1,0 +1,46 @@
+"""Choosing the next token. Axes: B batch, V vocab."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class SamplingConfig:
+  """A pytree of scalars, all of which may be traced: another temperature compiles nothing new."""
+
+  temperature: float = 0.0  # 0: greedy.
+  top_k: int = 0  # Most likely tokens kept; 0: all.
+  top_p: float = 1.0  # Probability mass kept, most likely first; 1: all.
+
+
+def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Array:
+  """One token a row, int32 [B].
+
+  Args:
+    logits: float32 [B, V].
+    keys: [B] PRNG keys, one a row, so that a row's choice does not depend on its neighbours.
+    config: top-k first, then top-p on what is left, both after the temperature.
+  """
+  greedy = lambda: jnp.argmax(logits, axis=-1)
+
+  def drawn():
+    scaled = logits / config.temperature
+    limited = jax.lax.cond(
+        (config.top_k > 0) | (config.top_p < 1), lambda: _limit(scaled, config), lambda: scaled)
+    return jax.vmap(jax.random.categorical)(keys, limited)
+
+  return jax.lax.cond(config.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def _limit(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+  """-inf at all tokens but those that top-k and top-p keep; the most likely one always stays."""
+  descending = -jnp.sort(-logits, axis=-1)
+  rank = jnp.arange(logits.shape[-1])
+  kept = (rank < config.top_k) | (config.top_k <= 0)
+  probability = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=-1)
+  kept &= jnp.cumsum(probability, axis=-1) - probability < config.top_p
+  lowest = jnp.min(jnp.where(kept.at[:, 0].set(True), descending, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,0 +1,54 @@
+"""When [CLS] is re-evaluated while a response is generated: a bool per response token, as data.
+
+While an alarm is open (Rule 3) every token is checked whatever the schedule says; `policy.py` sees to that.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+NAMES = ("each", "first", "periodic(N)", "annealing")
+
+
+def as_array(schedule: str | np.ndarray, steps: int) -> np.ndarray:
+  """The schedule as bool [steps]: is [CLS] re-evaluated after the response token of that index?
+
+  Args:
+    schedule: "each"; "first": the initial verdict alone; "periodic(N)", or "periodic" for N = 10; "annealing"; or a
+      bool array, which is cut, or carried on with False, to `steps`.
+    steps: response tokens.
+
+  Raises:
+    ValueError: an unknown name, or an array that is not one-dimensional and bool.
+  """
+  if not isinstance(schedule, str):
+    given = np.asarray(schedule)
+    if given.dtype != bool or given.ndim != 1:
+      raise ValueError(f"schedule has dtype {given.dtype} and shape {given.shape}; expected bool [steps].")
+    return np.pad(given[:steps], (0, max(0, steps - len(given))))
+  if schedule == "each":
+    return np.ones(steps, bool)
+  if schedule == "first":
+    return np.zeros(steps, bool)
+  if schedule == "annealing":
+    return annealing(steps)
+  period = re.fullmatch(r"periodic(?:\(([1-9]\d*)\))?", schedule)
+  if period is None:
+    raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(NAMES)}, or a bool array.")
+  return (np.arange(1, steps + 1) % int(period[1] or 10)) == 0
+
+
+def annealing(steps: int, dense: int = 16, last: int = 256) -> np.ndarray:
+  """Bool [steps]: every token at first, then ever fewer, then none.
+
+  The paper asks for just that and gives no numbers. Ours: the first `dense` tokens, then gaps of 2, 4, 8, ..., and
+  nothing from index `last` on.
+  """
+  array = np.arange(steps) < min(dense, last)
+  index, gap = dense + 1, 2
+  while index < min(steps, last):
+    array[index] = True
+    index, gap = index + 2 * gap, 2 * gap
+  return array
