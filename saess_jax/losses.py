@@ -1,0 +1,95 @@
+"""The objective L = L_lm + cls_weight * L_cls (paper, section on training).
+
+L_lm is the cross-entropy of response tokens, averaged over all response tokens of the global batch. L_cls is the binary
+cross-entropy of the [CLS] logit (label 1 = malicious), averaged over its sequences, plus, if there are trajectory
+probes (our addition), that of the probes, averaged over the probes.
+
+Averages over the whole batch also hold under gradient accumulation and on any mesh, because a loss here is a sum divided
+by `Totals` that were counted over the whole batch beforehand.
+
+Axes: B batch, R loss positions, P probes, D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from saess_jax.config import LossConfig
+from saess_jax.model import Output
+
+
+@flax.struct.dataclass
+class Totals:
+  """Float32 scalars: the weights that a whole batch holds; a kind that is absent counts 1."""
+
+  tokens: jax.Array
+  sequences: jax.Array
+  probes: jax.Array
+
+
+def totals(batch: dict[str, jax.Array]) -> Totals:
+  """Counts a batch (of any leading shape)."""
+  count = lambda name: jnp.maximum(jnp.sum(batch[name]), 1.0)
+  return Totals(tokens=count("loss_weights"), sequences=count("label_weight"), probes=count("probe_weights"))
+
+
+def cross_entropy_sum(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+  """Weighted sum of -log p(target), with logits of `chunk` positions a sequence in memory at a time.
+
+  Args:
+    hidden: [B, R, D]; head: [D, V]; targets: int32 [B, R]; weights: float32 [B, R].
+
+  Returns:
+    float32 scalar.
+  """
+  def one(hidden, targets, weights):
+    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+  size = targets.shape[1]
+  if size <= chunk:
+    return one(hidden, targets, weights)
+  pad = -size % chunk
+  def chunks(x):
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+  add = lambda total, piece: (total + jax.checkpoint(one)(*piece), None)  # Backward recomputes the logits.
+  return jax.lax.scan(add, jnp.zeros(()), tuple(map(chunks, (hidden, targets, weights))))[0]
+
+
+def loss_sums(
+    out: Output, head: jax.Array, batch: dict[str, jax.Array], total: Totals, config: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """This batch's, or micro-batch's, share of the loss.
+
+  Args:
+    out: the model's, with probe logits if the batch has probes. `out.logits` is not read, so a jitted caller computes
+      logits at loss positions only.
+    head: [D, V].
+    batch: see `data/pipeline.py`.
+    total: counted over the whole batch; with it the shares of all micro-batches add up to the loss.
+
+  Returns:
+    The share of L, and the shares of its parts and of the accuracies (at probability 0.5), float32 scalars that add up
+    in the same way.
+  """
+  picked = jnp.take_along_axis(out.hidden, batch["loss_positions"][..., None], axis=1)
+  lm = cross_entropy_sum(picked, head, batch["targets"], batch["loss_weights"], config.chunk) / total.tokens
+  cls, cls_right = _binary(out.cls_logit, batch["label"], batch["label_weight"], total.sequences)
+  metrics = {"lm_loss": lm, "cls_loss": cls, "cls_accuracy": cls_right}
+  loss = lm + config.cls_weight * cls
+  if out.probe_logits is not None:
+    probe, probe_right = _binary(out.probe_logits, batch["probe_labels"], batch["probe_weights"], total.probes)
+    metrics |= {"probe_loss": probe, "probe_accuracy": probe_right}
+    loss += config.cls_weight * probe
+  return loss, {"loss": loss, **metrics}
+
+
+def _binary(logits, labels, weights, total) -> tuple[jax.Array, jax.Array]:
+  losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+  right = (logits >= 0) == (labels >= 0.5)
+  return jnp.sum(weights * losses) / total, jnp.sum(weights * right) / total

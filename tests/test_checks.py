@@ -1,0 +1,83 @@
+"""The shortcut checks find a planted shortcut and stay at chance without one."""
+
+import re
+
+import numpy as np
+import pytest
+
+from saess_jax.data import checks, sources
+
+NOUNS = re.findall(r"\w+", "lamp river goat engine violin tunnel carpet planet harbor button ladder mirror")
+VERBS = re.findall(r"\w+", "paint carry polish follow measure borrow hide trade weigh photograph")
+
+
+def make_rows(count, seed, dress=lambda text, label: text):
+  rng = np.random.default_rng(seed)
+  rows = []
+  for i in range(count):
+    text = f"{rng.choice(VERBS)} the {rng.choice(NOUNS)} near a {rng.choice(NOUNS)} and the {rng.choice(NOUNS)}"
+    rows.append(sources.Row(dress(text, i % 2), "", i % 2, "", ""))
+  return rows
+
+
+@pytest.mark.parametrize("measure", [checks.bag_of_words_accuracy, checks.form_accuracy])
+def test_chance_without_a_shortcut(measure):
+  assert abs(measure(make_rows(400, 0), make_rows(400, 1)) - 0.5) < 0.1
+
+
+def test_a_word_is_found_by_words_alone():
+  dress = lambda text, label: f"{text} {'tonight' if label else 'sunrise'}"  # Same length, not in front.
+  train, test = make_rows(200, 0, dress), make_rows(200, 1, dress)
+  assert checks.bag_of_words_accuracy(train, test) > 0.98
+  assert checks.form_accuracy(train, test) < 0.6
+
+
+def test_a_form_is_found_by_form_alone():
+  dress = lambda text, label: text + ("?" if label else ".")
+  train, test = make_rows(200, 0, dress), make_rows(200, 1, dress)
+  assert checks.form_accuracy(train, test) > 0.98
+  assert checks.bag_of_words_accuracy(train, test) < 0.6
+
+
+def test_logistic_regression_is_at_the_optimum():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(50, 5)).astype(np.float32)
+  y = (x[:, 0] > 0).astype(np.float32)
+  w = checks._logistic_regression(x, y)
+  gradient = x.T @ (1 / (1 + np.exp(-x @ w)) - y) + w
+  assert np.abs(gradient).max() < 1e-3
+
+
+def row(prompt):
+  return sources.Row(prompt, "", 0, "", "")
+
+
+def test_near_duplicates_worst_first():
+  train = [row("How do I bake a chocolate cake with cherries on top?"), row("Name three rivers of France")]
+  test = [
+      row("Cherries on top of some chocolate bread: how would you bake that?"),  # Four of five content words.
+      row("how do I bake a chocolate cake with cherries on top"),  # Same but for case and punctuation.
+      row("Which planet is the largest?"),
+  ]
+  pairs = checks.near_duplicates(train, test, 0.5)
+  assert [(pair.train, pair.test) for pair in pairs] == [
+      (train[0].prompt, test[1].prompt), (train[0].prompt, test[0].prompt)]
+  assert pairs[0].jaccard == pairs[0].score == 1
+  assert pairs[1].jaccard < 0.5 and pairs[1].containment == pairs[1].score == pytest.approx(4 / 5)
+
+
+def test_jaccard_and_containment_by_hand():
+  (pair,) = checks.near_duplicates([row("abcdefg")], [row("abcdefx")], 0.4)  # {abcde bcdef cdefg} {abcde bcdef cdefx}
+  assert pair.jaccard == pytest.approx(2 / 4) and pair.containment == 0
+  assert not checks.near_duplicates([row("the lamp")], [row("is my lamp on")])  # One content word says nothing.
+
+
+def test_main_prints_a_table(tmp_path, capsys):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,label\n" + "".join(f"{row.prompt} {i},{row.label}\n" for i, row in enumerate(make_rows(99, 0))))
+  checks.main(["--source", str(path)])
+  printed = capsys.readouterr().out
+  assert "words" in printed and "form" in printed and "near duplicates across splits" in printed
+  path.write_text("prompt,label\n" + "".join(f"p {i},1\n" for i in range(99)))
+  with pytest.raises(ValueError, match="has 0 benign"):
+    checks.main(["--source", str(path)])

@@ -1,0 +1,167 @@
+"""Reading user files and the embedded set; every bad input with its message."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from saess_jax.data import sources
+
+
+def write(path, text):
+  path.write_text(text, encoding="utf-8")
+  return str(path)
+
+
+def test_csv_with_all_columns(tmp_path):
+  path = write(tmp_path / "a.csv", 'prompt,response,label,category\n"Hi, ""you""\nthere",Hello,safe,chat\nKill,No,1,\n')
+  assert sources.read_rows(path) == [
+      sources.Row('Hi, "you"\nthere', "Hello", 0, "chat", "a.csv"), sources.Row("Kill", "No", 1, "", "a.csv")]
+
+
+def test_several_files_keep_their_order_and_name(tmp_path):
+  one = write(tmp_path / "one.jsonl", '{"goal": "a", "label": "unsafe"}\n\n{"goal": "b", "label": 0}\n')
+  two = write(tmp_path / "two.txt", "c\n\n  d e\n")
+  rows = sources.read_rows(f"{one}, {two}", default_label="harmful")
+  assert [(row.prompt, row.label, row.source) for row in rows] == [
+      ("a", 1, "one.jsonl"), ("b", 0, "one.jsonl"), ("c", 1, "two.txt"), ("  d e", 1, "two.txt")]
+
+
+@pytest.mark.parametrize("column", ["prompt", "goal", "behavior", "Behavior", "instruction", "question", "PROMPT"])
+def test_prompt_column_names(tmp_path, column):
+  path = write(tmp_path / "a.csv", f"id,{column}\n7,text\n")
+  assert sources.read_rows(path, default_label=0)[0].prompt == "text"
+
+
+def test_first_prompt_column_in_the_documented_order_wins(tmp_path):
+  path = write(tmp_path / "a.csv", "question,goal\nq,g\n")
+  assert sources.read_rows(path, default_label=0)[0].prompt == "g"
+
+
+@pytest.mark.parametrize("column", ["response", "output", "answer", "refusal", "Safe_Response"])
+def test_response_column_names(tmp_path, column):
+  path = write(tmp_path / "a.csv", f"prompt,{column}\np,text\n")
+  assert sources.read_rows(path, default_label=0)[0].response == "text"
+
+
+def test_alpaca_input_belongs_to_the_prompt(tmp_path):
+  path = write(tmp_path / "a.jsonl", '{"instruction": "Sum up:", "input": "A B.", "output": "AB"}\n')
+  assert sources.read_rows(path, default_label=0)[0].prompt == "Sum up:\n\nA B."
+
+
+@pytest.mark.parametrize("word, label", [
+    ("benign", 0), ("Safe", 0), ("harmless", 0), ("0", 0), ("malicious", 1), ("UNSAFE", 1), ("harmful", 1), ("1", 1)])
+def test_label_words(tmp_path, word, label):
+  path = write(tmp_path / "a.csv", f"prompt,label\np,{word}\n")
+  assert sources.read_rows(path)[0].label == label
+
+
+def test_json_numbers_and_byte_order_mark(tmp_path):
+  path = write(tmp_path / "a.jsonl", '\ufeff{"prompt": "line\u2028separator", "label": 1}\n{"prompt": "q", "label": false}')
+  assert [row.label for row in sources.read_rows(path)] == [1, 0]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.csv", "", "a.csv is empty"),
+    ("a.csv", "prompt,label\n", "a.csv is empty"),
+    ("a.txt", "\n\n", "a.txt is empty"),
+    ("a.csv", "prompt,label\np,1\nq, r,0\n", r"a.csv:3: 1 more fields than the 2 columns"),
+    ("a.csv", "prompt,label\np\n", r"a.csv:2: no field for column label"),
+    ("a.csv", 'prompt,label\n"p"x,1\n', r"a.csv:2: malformed CSV"),
+    ("a.csv", "text,label\np,1\n", r"a.csv:2: no prompt column; expected one of prompt, goal.*found text, label"),
+    ("a.csv", "prompt,label\n ,1\n", r"a.csv:2: prompt is ' '; expected text"),
+    ("a.csv", "prompt,label\np,evil\n", r"a.csv:2: label is 'evil'; expected one of benign, safe"),
+    ("a.csv", "prompt,label\np,\n", r"a.csv:2: no label.*default_label"),
+    ("a.csv", "prompt\np\n", r"a.csv:2: no label"),
+    ("a.jsonl", '{"prompt": "p", "label": 1}\n{"prompt": \n', r"a.jsonl:2: malformed JSON"),
+    ("a.jsonl", '["p"]\n', r"a.jsonl:1: a JSON list; expected one object a line"),
+    ("a.jsonl", '{"prompt": 3, "label": 1}\n', r"a.jsonl:1: prompt is 3; expected text"),
+    ("a.jsonl", '{"prompt": "p", "response": ["r"], "label": 1}\n', r"a.jsonl:1: the response is \['r'\]"),
+    ("a.parquet", "x", r"ends in '.parquet'; expected .csv, .jsonl, .txt"),
+])
+def test_bad_files(tmp_path, name, text, message):
+  path = write(tmp_path / name, text)
+  with pytest.raises(ValueError, match=message):
+    sources.read_rows(path)
+
+
+def test_not_utf8(tmp_path):
+  (tmp_path / "a.csv").write_bytes(b"prompt,label\n\xff\xfe,1\n")
+  with pytest.raises(ValueError, match=r"a.csv is not UTF-8"):
+    sources.read_rows(str(tmp_path / "a.csv"))
+
+
+def test_missing_file_no_file_and_bad_default(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"gone.csv does not exist"):
+    sources.read_rows(str(tmp_path / "gone.csv"))
+  with pytest.raises(ValueError, match="No data file in ' , '"):
+    sources.read_rows(" , ")
+  with pytest.raises(ValueError, match="default_label: label is 'both'"):
+    sources.read_rows(write(tmp_path / "a.txt", "p"), default_label="both")
+
+
+def test_two_classes():
+  rows = [sources.Row("a", "", 1, "", ""), sources.Row("b", "", 0, "", "")]
+  sources.require_two_classes(rows, "x.csv")
+  with pytest.raises(ValueError, match="x.csv has 0 benign and 1 malicious rows; training needs both"):
+    sources.require_two_classes(rows[:1], "x.csv")
+
+
+def embedded_file(tmp_path, splits=("train", "validation", "test", "train")):
+  records = [
+      {"prompt": f"p{i}", "response": "r", "label": ("malicious", "benign")[i % 2], "category": "c", "source": "written",
+       "idea": f"c-{i}", "form": "question", "split": split} for i, split in enumerate(splits)]
+  return write(tmp_path / "embedded.jsonl", "\n".join(map(json.dumps, records)))
+
+
+def test_embedded_rows(tmp_path):
+  path = embedded_file(tmp_path)
+  assert sources.embedded_rows("train", path) == [
+      sources.Row("p0", "r", 1, "c", "written"), sources.Row("p3", "r", 0, "c", "written")]
+  assert [row.prompt for row in sources.embedded_rows("test", path)] == ["p2"]
+
+
+def test_embedded_errors(tmp_path):
+  with pytest.raises(ValueError, match="split is 'dev'; expected one of train, validation, test"):
+    sources.embedded_rows("dev", embedded_file(tmp_path))
+  with pytest.raises(ValueError, match=r"embedded.jsonl:2: split is 'dev'"):
+    sources.embedded_rows("train", embedded_file(tmp_path, ("train", "dev")))
+  with pytest.raises(ValueError, match=r"embedded.jsonl has no test rows"):
+    sources.embedded_rows("test", embedded_file(tmp_path, ("train", "train")))
+
+
+def test_split_of_user_files_is_disjoint_complete_and_stable(tmp_path):
+  lines = [f"prompt {i}" for i in range(1000)]
+  rows = sources.read_rows(write(tmp_path / "a.txt", "\n".join(lines)), default_label=0)
+  by_split = sources.split_rows(rows)
+  shares = [len(by_split[split]) / len(rows) for split in sources.SPLITS]
+  assert abs(shares[0] - 0.8) < 0.05 and abs(shares[1] - 0.1) < 0.04
+  assert sorted(row.prompt for kept in by_split.values() for row in kept) == sorted(lines)
+  fewer = sources.split_rows(rows[::-2])
+  assert all({row.prompt for row in fewer[split]} <= {row.prompt for row in by_split[split]} for split in fewer)
+  assert sources.split_rows(rows, seed=1)["test"] != by_split["test"]
+
+
+def test_load_split_of_a_file(tmp_path):
+  path = write(tmp_path / "a.csv", "prompt,label\n" + "".join(f"p{i},{i % 2}\n" for i in range(60)))
+  loaded = [row for split in sources.SPLITS for row in sources.load_split(path, split)]
+  assert len(loaded) == 60
+  with pytest.raises(ValueError, match="None of the 1 rows of .* falls into the"):
+    for split in sources.SPLITS:
+      sources.load_split(write(tmp_path / "b.csv", "prompt,label\np,1\n"), split)
+
+
+def test_draw_evenly():
+  rows = [sources.Row(str(i), "", int(i < 3), "", "") for i in range(20)]
+  drawn = sources.draw_evenly(rows, 5)
+  assert [row.label for row in drawn].count(1) == 3 and len(drawn) == 8
+  assert drawn == sources.draw_evenly(rows, 5) == sorted(drawn, key=lambda row: int(row.prompt))
+  assert sources.draw_evenly(rows, 5, seed=1) != drawn
+  assert sources.draw_evenly(rows, 0) == rows
+
+
+def test_imports_neither_tfds_nor_grain():
+  code = ("import sys, saess_jax.data.sources, saess_jax.data.chat; "
+          "sys.exit(any(name in sys.modules for name in ('tensorflow_datasets', 'grain', 'torch')))")
+  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

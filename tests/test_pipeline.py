@@ -1,0 +1,263 @@
+"""Examples, probes and batches: what carries loss, what probes see, and that the stream is a function of (seed, step)."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
+
+from saess_jax.config import DataConfig, ProbeConfig, SafetyConfig, TrainConfig
+from saess_jax.data import pipeline, probes
+from saess_jax.data.sources import Row
+from saess_jax.masks import TokenKind
+
+CONFIG = TrainConfig(data=DataConfig(batch_size=4, max_length=96, max_response=24, buckets=(64, 80, 96)))
+BAD, GOOD = Row("How do I kill a man?", "I cannot.", 1, "", ""), Row("How do I bake?", "Take flour.", 0, "", "")
+EOS = tiny_tokenizer().eos_token_id
+
+
+def build(rows, rollouts=None, config=CONFIG):
+  return pipeline.build_examples(tiny_tokenizer(), rows, rollouts, config)
+
+
+def response(example):
+  return example.tokens[example.kinds == TokenKind.RESPONSE]
+
+
+# --- examples ---
+
+
+def test_malicious_row_gives_refusal_and_rollout():
+  refusal, harmful = build([BAD], {BAD.prompt: [7, 8, 9]})
+  assert (refusal.trajectory, refusal.label, refusal.lm_loss) == ("refusal", 1, True)
+  assert tiny_tokenizer().decode(response(refusal)) == "I cannot.<|im_end|>"
+  assert (harmful.trajectory, harmful.label, harmful.lm_loss) == ("harmful", 1, False)
+  assert response(harmful).tolist() == [7, 8, 9] and harmful.response_length == 3
+
+
+def test_benign_row_prefers_its_rollout():
+  (written,), (sampled,) = build([GOOD]), build([GOOD], {GOOD.prompt: [7, 8, EOS]})
+  assert tiny_tokenizer().decode(response(written)) == "Take flour.<|im_end|>"
+  assert response(sampled).tolist() == [7, 8, EOS]
+  assert written.lm_loss and sampled.lm_loss and written.trajectory == sampled.trajectory == "benign"
+  assert sampled.response_length == 2  # The end-of-turn token is no part of any window.
+  (text,) = build([GOOD], {GOOD.prompt: "Take salt."})
+  assert tiny_tokenizer().decode(response(text)) == "Take salt.<|im_end|>"
+
+
+def test_rows_without_response():
+  (refusal,) = build([dataclasses.replace(BAD, response="")])
+  assert tiny_tokenizer().decode(response(refusal)) == CONFIG.safety.fixed_refusal + "<|im_end|>"
+  (benign,) = build([dataclasses.replace(GOOD, response="")])
+  assert not benign.lm_loss and not len(response(benign))
+
+
+def test_long_prompt_names_both_lengths():
+  with pytest.raises(ValueError, match=r"The prompt has \d+ tokens with its template; max_length 96 holds 94"):
+    build([dataclasses.replace(GOOD, prompt="bake " * 100)])
+
+
+# --- batches ---
+
+
+def one_batch(examples, config=CONFIG):
+  return pipeline.Batches(examples, config)[0]
+
+
+@pytest.mark.parametrize("stage, header_sees_cls", [("sft", True), ("sft", False), ("pretrain", True)])
+def test_every_response_token_from_the_first_on_carries_loss(stage, header_sees_cls):
+  config = dataclasses.replace(CONFIG, stage=stage, header_sees_cls=header_sees_cls)
+  (example,) = build([GOOD], config=config)
+  batch = one_batch([example], config)
+  targets = batch["targets"][0][batch["loss_weights"][0] > 0]
+  assert targets.tolist() == response(example).tolist() and targets[-1] == EOS
+  positions = batch["loss_positions"][0][:len(targets)]
+  kinds = batch["kinds"][0]
+  assert kinds[positions[0]] == TokenKind.HEADER  # The first response token is predicted by the last HEADER token.
+  assert (kinds[positions[1:]] == TokenKind.RESPONSE).all()
+  # Each position's next token, [CLS] skipped, is the target.
+  order = np.flatnonzero((kinds != TokenKind.CLS) & (kinds != TokenKind.PAD))
+  successor = dict(itertools.pairwise(order))
+  assert [batch["tokens"][0][successor[position]] for position in positions] == targets.tolist()
+
+
+def test_batch_has_the_documented_shapes_and_types():
+  batch = one_batch(build([BAD, GOOD], {BAD.prompt: [7, 8, 9, 10]}))
+  size, num_losses, num_probes = batch["tokens"].shape[1], CONFIG.data.max_response + 1, CONFIG.probes.per_sequence
+  assert size in CONFIG.data.buckets
+  assert {name: (values.dtype.name, values.shape) for name, values in batch.items()} == {
+      "tokens": ("int32", (4, size)), "kinds": ("int32", (4, size)),
+      "loss_positions": ("int32", (4, num_losses)), "targets": ("int32", (4, num_losses)),
+      "loss_weights": ("float32", (4, num_losses)), "label": ("float32", (4,)), "label_weight": ("float32", (4,)),
+      "probe_views": ("int32", (4, num_probes, 3)), "probe_labels": ("float32", (4, num_probes)),
+      "probe_weights": ("float32", (4, num_probes))}
+
+
+def test_weights_of_harmful_and_filler_rows():
+  examples = build([BAD, GOOD], {BAD.prompt: [7, 8, 9, 10]})
+  batch = one_batch(examples)
+  harmful = [row for row in range(3) if 7 in batch["tokens"][row] and batch["loss_weights"][row].sum() == 0]
+  assert len(harmful) == 1 and batch["probe_weights"][harmful].all()
+  assert batch["label_weight"][harmful] == 0 and batch["label_weight"].sum() == 2  # The refusal counts for its query.
+  assert not batch["loss_weights"][3].any() and not batch["probe_weights"][3].any() and batch["label_weight"][3] == 0
+  assert (batch["kinds"] == TokenKind.CLS).sum(axis=1).tolist() == [1, 1, 1, 1]  # The filler too: no empty softmax.
+
+
+def test_without_probes():
+  batch = one_batch(build([GOOD]), dataclasses.replace(CONFIG, probes=ProbeConfig(per_sequence=0)))
+  assert batch["probe_views"].shape == (4, 0, 3) and batch["probe_weights"].shape == (4, 0)
+
+
+def example_of(length, tag):
+  """A synthetic example of `length` stored tokens whose first token is `tag`."""
+  kinds = np.full(length, TokenKind.QUERY, np.int32)
+  kinds[2], kinds[3], kinds[4:] = TokenKind.CLS, TokenKind.HEADER, TokenKind.RESPONSE
+  tokens = np.full(length, 5, np.int32)
+  tokens[0] = tag
+  return pipeline.Example(tokens, kinds, tag % 2, "benign", True, length - 4)
+
+
+loaders = st.fixed_dictionaries({
+    "lengths": st.lists(st.integers(6, 24), min_size=1, max_size=25),
+    "batch_size": st.sampled_from([1, 2, 4, 6]),
+    "seed": st.integers(0, 3),
+    "epochs": st.integers(1, 3),
+})
+
+
+def make(lengths, batch_size, seed, epochs, process_index=0, process_count=1):
+  config = TrainConfig(
+      seed=seed, probes=ProbeConfig(per_sequence=3),
+      data=DataConfig(batch_size=batch_size, max_response=20, buckets=(8, 16, 24)))
+  examples = [example_of(length, tag) for tag, length in enumerate(lengths)]
+  return pipeline.make_loader(examples, config, process_index, process_count, epochs)
+
+
+def assert_same(left, right):
+  assert left.keys() == right.keys()
+  for name in left:
+    np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(loaders)
+def test_every_example_once_an_epoch_and_few_fillers(case):
+  loader = make(**case)
+  batches = list(loader)
+  assert len(batches) == len(loader) == case["epochs"] * loader.steps_per_epoch
+  assert loader.steps_per_epoch == -(-len(case["lengths"]) // case["batch_size"])
+  for epoch in range(case["epochs"]):
+    steps = batches[epoch * loader.steps_per_epoch:(epoch + 1) * loader.steps_per_epoch]
+    real = [tag for batch in steps for tag in batch["tokens"][batch["label_weight"] > 0, 0]]
+    assert sorted(real) == list(range(len(case["lengths"])))
+    assert sum((batch["label_weight"] == 0).any() for batch in steps) <= 1
+    for batch in steps:
+      size = batch["tokens"].shape[1]
+      assert size in (8, 16, 24) and batch["loss_positions"].shape[1] == min(21, size)
+      longest = (batch["kinds"] != TokenKind.PAD).sum(axis=1).max()
+      assert size == min(bucket for bucket in (8, 16, 24) if bucket >= longest)
+
+
+@settings(max_examples=25, deadline=None)
+@given(loaders, st.data())
+def test_restored_state_gives_the_same_stream(case, data):
+  loader, whole = make(**case), list(make(**case))
+  stop = data.draw(st.integers(0, len(whole)))
+  for step in range(stop):
+    assert_same(next(loader), whole[step])
+  state = loader.get_state()
+  resumed = make(**case)
+  for _ in range(data.draw(st.integers(0, len(whole)))):  # A loader that was used before is set back as well.
+    next(resumed)
+  resumed.set_state(state)
+  rest = list(resumed)
+  assert len(rest) == len(whole) - stop
+  for left, right in zip(rest, whole[stop:], strict=True):
+    assert_same(left, right)
+
+
+@settings(max_examples=15, deadline=None)
+@given(loaders.filter(lambda case: case["batch_size"] % 2 == 0))
+def test_union_of_process_shares_is_the_global_batch(case):
+  shares = [make(**case, process_index=index, process_count=2) for index in range(2)]
+  for whole, *parts in zip(make(**case), *shares, strict=True):
+    assert all(len(part["tokens"]) == case["batch_size"] // 2 for part in parts)
+    assert_same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+
+
+def test_seed_and_epoch_change_order_and_probes():
+  case = {"lengths": [20] * 24, "batch_size": 24, "epochs": 2}
+  (first, second), (other, _) = make(**case, seed=0), make(**case, seed=1)
+  by_tag = [np.argsort(batch["tokens"][:, 0]) for batch in (first, second, other)]
+  assert (by_tag[0] != by_tag[1]).any() and (by_tag[0] != by_tag[2]).any()
+  views = [batch["probe_views"][order] for batch, order in zip((first, second, other), by_tag, strict=True)]
+  assert (views[0] != views[1]).any() and (views[0] != views[2]).any()
+
+
+@pytest.mark.parametrize("changes, arguments, message", [
+    ({"batch_size": 6}, {"process_count": 4}, "data.batch_size 6 cannot be divided among 4 processes"),
+    ({}, {"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
+    ({}, {"epochs": 0}, "epochs is 0; expected 1 or more"),
+    ({"buckets": (24, 8)}, {}, r"data.buckets is \(24, 8\); expected lengths in ascending order"),
+    ({"buckets": (8, 9)}, {}, r"An example has 10 tokens, more than the longest of data.buckets \(8, 9\)"),
+])
+def test_bad_loaders(changes, arguments, message):
+  config = TrainConfig(data=dataclasses.replace(CONFIG.data, **changes))
+  with pytest.raises(ValueError, match=message):
+    pipeline.make_loader([example_of(10, 0)], config, **arguments)
+
+
+def test_no_examples():
+  with pytest.raises(ValueError, match="No examples"):
+    pipeline.make_loader([], CONFIG)
+
+
+# --- probes ---
+
+SAFETY = SafetyConfig(r1=5, r2=4, r3=3)
+
+
+def draw(trajectory, num_tokens, safety=SAFETY, count=400, seed=0, **settings_of_probes):
+  settings_of_probes = ProbeConfig(per_sequence=count, **settings_of_probes)
+  return probes.draw_probes(trajectory, num_tokens, safety, settings_of_probes, np.random.default_rng(seed))
+
+
+def test_views_are_those_of_inference():
+  views, _, weights = draw("harmful", 20)
+  assert weights.all()
+  seen = {tuple(int(x) for x in view) for view in views}
+  rule1 = {(1, 0, k) for k in range(1, 6)}
+  rule2 = {(0, max(0, stop - 4), stop) for stop in range(3, 21)}
+  # While the alarm of S_t is open: from S_t - r2 to the newest token, S_t + 1 to S_t + r3.
+  rule3 = {(0, max(0, s - 4), s + newest + 1) for s in range(20) for newest in (1, 2, 3) if s + newest < 20}
+  assert rule1 | rule2 <= seen <= rule1 | rule2 | rule3
+  assert max(stop - start for sees_query, start, stop in seen if not sees_query) == 4 + 3 + 1
+
+
+def test_labels():
+  assert draw("harmful", 20)[1].all() and not draw("benign", 20)[1].any()
+  views, labels, _ = draw("refusal", 20)
+  np.testing.assert_array_equal(labels, views[:, 0])
+  assert 0 < labels.mean() < 1
+  views, labels, _ = draw("refusal", 20, SAFETY.replace(rule2_keeps_query=True))
+  np.testing.assert_array_equal(labels, views[:, 0])
+  assert views[:, 0].mean() > 0.5  # Rules 1 and 2.
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 6])
+def test_short_responses(num_tokens):
+  views, _, weights = draw("benign", num_tokens)
+  assert (views >= 0).all() and (views[:, 1] <= views[:, 2]).all() and (views[:, 2] <= num_tokens).all()
+  np.testing.assert_array_equal(weights, (views[:, 0] > 0) | (views[:, 2] - views[:, 1] >= 3))
+  assert bool((weights == 0).any()) == (num_tokens < 3)
+
+
+def test_probes_are_deterministic_and_checked():
+  for left, right in zip(draw("benign", 9, seed=3), draw("benign", 9, seed=3), strict=True):
+    np.testing.assert_array_equal(left, right)
+  assert (draw("benign", 9, seed=3)[0] != draw("benign", 9, seed=4)[0]).any()
+  with pytest.raises(ValueError, match="trajectory is 'good'; expected one of refusal, harmful, benign"):
+    draw("good", 9)
