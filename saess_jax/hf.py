@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import tokenizers
 import transformers
 
 from saess_jax import gguf
@@ -219,3 +220,20 @@ def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
   if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
     raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model.")
   return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+  """One token a byte and a ChatML template: what a random model is tried with. 259 tokens, nothing to download."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+  vocab = {token: i for i, token in enumerate(special + alphabet)}
+  bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bytewise.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+      additional_special_tokens=["<|im_start|>"])
+  tokenizer.chat_template = (
+      "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+  return tokenizer

@@ -33,8 +33,8 @@ def read(path: str | pathlib.Path) -> dict[str, list[int]]:
 
 def complete(
     path: str | pathlib.Path, prompts: Sequence[str], sample: Callable[[list[str]], list[list[int]]]
-) -> dict[str, list[int]]:
-  """Samples what `path` lacks, appends it there, and returns all that `prompts` have.
+) -> None:
+  """Samples what `path` lacks of `prompts` and appends it there.
 
   Args:
     sample: prompts -> token ids of one completion each.
@@ -48,6 +48,4 @@ def complete(
     chunk = missing[start : start + CHUNK]
     with path.open("a", encoding="utf-8") as file:
       for prompt, tokens in zip(chunk, sample(chunk)):
-        known[prompt] = tokens
         file.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-  return {prompt: known[prompt] for prompt in prompts}

@@ -1,0 +1,318 @@
+"""The training loop: shapes first, shardings second, arrays last; then steps until the epochs or max_steps are done.
+
+There are two ways to start, and their order matters: (1) the newest checkpoint in the workdir, which restores weights,
+optimizer, rng and data position together, so that a resumed run's losses are those of an undisturbed one; (2) the weights
+that the config names.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tensorboardX
+import tqdm
+from absl import logging
+from jax.experimental import multihost_utils
+
+from saess_jax import adapters, checkpoint, losses, masks, model as model_lib, sharding
+from saess_jax.config import OptimizerConfig, TrainConfig
+from saess_jax.data import builder, pipeline, rollouts, sources
+from saess_jax.generate import Generator
+from saess_jax.model import Llama
+from saess_jax.sampling import SamplingConfig
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes, and the frozen weights that it reads.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    trainable: {"params": ..., "lora": ...}; with LoRA the pairs and the [CLS] parts, else all params.
+    opt_state: of optax, for `trainable` alone.
+    rng: uint32 [2], the run's key.
+    frozen: {"params": ...}, the rest; not in checkpoints.
+  """
+
+  step: jax.Array
+  trainable: Any
+  opt_state: Any
+  rng: jax.Array
+  frozen: Any
+
+  def saved(self) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"step": self.step, "trainable": self.trainable, "opt_state": self.opt_state, "rng": self.rng}
+
+
+class Diverged(RuntimeError):
+  """A loss or gradient that is not finite."""
+
+
+def check(config: TrainConfig) -> None:
+  """Raises ValueError for settings that cannot work together, before any work."""
+  if config.data.batch_size % config.optimizer.accumulation:
+    raise ValueError(
+        f"data.batch_size {config.data.batch_size} is not divisible by optimizer.accumulation "
+        f"{config.optimizer.accumulation}; change one of them.")
+  if config.stage not in masks.STAGES:
+    raise ValueError(f"stage is {config.stage!r}; expected one of {', '.join(masks.STAGES)}.")
+  if config.cls_sees_response not in masks.CLS_SEES_RESPONSE:
+    raise ValueError(
+        f"cls_sees_response is {config.cls_sees_response!r}; expected one of {', '.join(masks.CLS_SEES_RESPONSE)}.")
+  if config.stage == "pretrain" and config.probes.per_sequence:
+    raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
+  for name in ("epochs", "keep_last"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"{name} is {getattr(config, name)}; expected 1 or more.")
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Clipping, then AdamW under warm-up and cosine decay; norms, biases and the [CLS] embedding do not decay."""
+  def decays(tree):
+    flat = flax.traverse_util.flatten_dict(tree, is_leaf=lambda _, x: isinstance(x, nn.Partitioned))
+    return flax.traverse_util.unflatten_dict({path: path[-1] in ("kernel", "embedding", "a", "b") for path in flat})
+  return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Step -> rate."""
+  return optax.warmup_cosine_decay_schedule(
+      0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1),
+      config.learning_rate * config.final_fraction)
+
+
+def create_state(
+    config: TrainConfig, model: Llama, base: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, TrainState]:
+  """The state at step 0, laid out over the mesh from its first byte, and its shardings.
+
+  Args:
+    base: params of the model's form of layers; host arrays go straight to their shards.
+  """
+  def boxed_state(params, rng):
+    trainable, frozen = {"params": params}, {"params": {}}
+    if config.lora.rank:
+      cls = ("cls_embedding", "cls_head")
+      trainable = {"params": {name: params[name] for name in cls}, "lora": adapters.init_lora(params, config.lora, rng)}
+      frozen = {"params": {name: leaf for name, leaf in params.items() if name not in cls}}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
+        rng=jax.random.key_data(rng), frozen=frozen)
+
+  rng = jax.random.key(config.seed)
+  boxed = jax.eval_shape(model.init, rng, jnp.zeros((1, 1), jnp.int32))["params"]
+  state_shardings = sharding.shardings(jax.eval_shape(boxed_state, boxed, rng), mesh)
+  params = jax.tree.map(
+      lambda box, leaf, place: box.replace_boxed(jax.device_put(leaf, place)), boxed, base,
+      sharding.shardings(boxed, mesh), is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  create = jax.jit(lambda params, rng: nn.unbox(boxed_state(params, rng)), out_shardings=state_shardings)
+  return create(params, rng), state_shardings
+
+
+def _forward(config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals):
+  kinds = batch["kinds"]
+  cls_visible = masks.cls_visibility(kinds, config.stage, config.cls_sees_response, batch["label"] > 0.5)
+  probe_visible = masks.view_visibility(kinds, batch["probe_views"]) if config.probes.per_sequence else None
+  out = model.apply(
+      variables, batch["tokens"], kinds=kinds, stage=config.stage, cls_visible=cls_visible, probe_visible=probe_visible)
+  return losses.loss_sums(out, model_lib.output_head(variables["params"]), batch, total, config.loss)
+
+
+def _variables(trainable: Any, frozen: Any) -> Any:
+  return {**trainable, "params": {**frozen["params"], **trainable["params"]}}
+
+
+def train_step(
+    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update from one global batch, in `optimizer.accumulation` micro-batches. Pure; jit it with state donated.
+
+  Returns:
+    The new state, and float32 scalars: the loss, its parts, accuracies, and the gradient's norm before clipping.
+  """
+  count, total = config.optimizer.accumulation, losses.totals(batch)
+  loss = lambda trainable, micro: _forward(config, model, _variables(trainable, state.frozen), micro, total)
+  grad = jax.grad(loss, has_aux=True)
+  if count == 1:
+    grads, metrics = grad(state.trainable, batch)
+  else:
+    # Every count-th row, not a block of rows, so that each device keeps working on the rows it holds.
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+    add = lambda sums, one: (jax.tree.map(jnp.add, sums, grad(state.trainable, one)), None)
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, state.trainable, first))
+    (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+  updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return state.replace(
+      step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state), metrics
+
+
+def eval_step(config: TrainConfig, model: Llama, state: TrainState, batch: dict[str, jax.Array]):
+  """One batch's sums of losses and right verdicts, and the weights to divide them by once all batches are added up."""
+  one = losses.Totals(*(jnp.ones(()),) * 3)
+  _, sums = _forward(config, model, _variables(state.trainable, state.frozen), batch, one)
+  return sums, losses.totals(batch)
+
+
+def _evaluate(step, state: TrainState, batches: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
+  """Averages over a validation set."""
+  sums, total = jax.tree.map(lambda *x: sum(map(float, x)), *(step(state, batch) for batch in batches))
+  per = {"lm": total.tokens, "cls": total.sequences, "probe": total.probes}
+  return {name: value / per[name.partition("_")[0]] for name, value in sums.items() if name != "loss"}
+
+
+def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape, base, tokenizer):
+  """The rollout step: the first process samples and writes, all read."""
+  generator = Generator(
+      Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, safety=None,
+      sampling=SamplingConfig(temperature=config.rollouts.temperature, top_p=config.rollouts.top_p),
+      max_new_tokens=config.rollouts.tokens, batch_size=config.rollouts.batch_size,
+      system_prompt=config.data.system_prompt, seed=config.seed)
+  sample = lambda prompts: [r.ids for r in generator.respond(prompts, progress="rollouts")]
+  path = workdir / "rollouts.jsonl"
+  if jax.process_index() == 0:
+    rollouts.complete(path, [row.prompt for row in rows], sample)
+  multihost_utils.sync_global_devices("rollouts")
+  return rollouts.read(path)
+
+
+def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict[str, float]:
+  """Trains to the end, resuming what the workdir holds.
+
+  Returns:
+    The last validation's averages.
+
+  Raises:
+    ValueError: bad settings or data, a mesh that does not fit, another run's workdir; before anything is written.
+    Diverged: the loss is not finite; the last good checkpoint stays.
+  """
+  check(config)
+  mesh = sharding.make_mesh(config.mesh)
+  rows = {split: sources.load_split(config.data.source, split) for split in ("train", "validation")}
+  sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
+  shape, base, tokenizer = checkpoint.load_base(config)
+  for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
+    pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config)
+  workdir = checkpoint.claim_workdir(workdir, config)
+  rows = {split: list(builder.load(config.data.source, split, str(workdir / "data"))) for split in rows}
+  if config.data.max_train_rows:
+    rows["train"] = sources.draw_evenly(rows["train"], config.data.max_train_rows // 2, config.seed)
+  known = None
+  if config.rollouts.enabled:
+    known = _sample_rollouts(config, workdir, rows["train"] + rows["validation"], shape, base, tokenizer)
+
+  process, processes = jax.process_index(), jax.process_count()
+  loader = pipeline.make_loader(
+      pipeline.build_examples(tokenizer, rows["train"], known, config), config, process, processes, config.epochs)
+  steps = min(len(loader), config.max_steps or len(loader))
+  validation = pipeline.Batches(
+      pipeline.build_examples(tokenizer, rows["validation"], known, config), config, process, processes)
+
+  training = config_of_training(config, shape)
+  model, tx = Llama(training), optimizer(config.optimizer, steps)
+  place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+  with mesh, nn.logical_axis_rules(sharding.RULES):
+    state, state_shardings = create_state(config, model, model_lib.stack_layers(base) if training.scan_layers else base, tx, mesh)
+    del base
+    manager = checkpoint.Checkpoints(workdir, config.keep_last)
+    state = _resume(manager, state, state_shardings, loader)
+    update = jax.jit(
+        functools.partial(train_step, config, model, tx), donate_argnums=0, out_shardings=(state_shardings, None))
+    judge = jax.jit(functools.partial(eval_step, config, model))
+    run_validation = lambda state: _evaluate(judge, state, (jax.tree.map(place, batch) for batch in validation))
+    return _loop(config, workdir, manager, loader, steps, state, update, run_validation, place)
+
+
+def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> model_lib.ModelConfig:
+  """The model's config for the loop: layers scanned unless the overrides say otherwise."""
+  return shape.replace(scan_layers=bool(config.model_overrides.get("scan_layers", True)))
+
+
+def _resume(manager: checkpoint.Checkpoints, state: TrainState, shardings: TrainState, loader: pipeline.Loader) -> TrainState:
+  step = manager.latest_step()
+  if step is None:
+    return state
+  abstract = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state.saved(), shardings.saved())
+  saved, iterator = manager.restore(step, abstract)
+  loader.set_state(iterator)
+  logging.info("Resumed at step %d.", step)
+  return state.replace(**saved)
+
+
+def _loop(config, workdir, manager, loader, steps, state, update, run_validation, place) -> dict[str, float]:
+  """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host."""
+  start, rate = int(state.step), learning_rate(config.optimizer, steps)
+  first = jax.process_index() == 0
+  writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if first else None
+  stop = {"asked": False}
+  previous = signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
+  validated: dict[str, float] = {}
+  pending = None  # Step number and metrics not yet read.
+  tokens, began = 0, time.perf_counter()
+
+  def read(pending):
+    step, metrics = pending
+    metrics = {name: float(value) for name, value in metrics.items()}
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+      raise Diverged(
+          f"At step {step} the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. The last good "
+          f"checkpoint is step {manager.latest_step()} in {manager.folder}. Lower optimizer.learning_rate, or look at "
+          "the data of that step.")
+    if writer:
+      for name, value in metrics.items():
+        writer.add_scalar(f"train/{name}", value, step)
+      writer.add_scalar("train/learning_rate", float(rate(step - 1)), step)
+    return metrics
+
+  try:
+    with tqdm.tqdm(total=steps, initial=start, desc="train", unit="step", disable=not first) as bar:
+      for step in range(start + 1, steps + 1):
+        batch = next(loader)
+        tokens += int(np.count_nonzero(batch["kinds"])) * jax.process_count()
+        state, metrics = update(state, jax.tree.map(place, batch))
+        if pending is not None:
+          seen = read(pending)
+          bar.set_postfix(
+              loss=f"{seen['loss']:.3f}", cls=f"{seen['cls_accuracy']:.2f}",
+              tok_s=f"{tokens / (time.perf_counter() - began):.0f}")
+        pending = (step, metrics)
+        bar.update()
+        last = step == steps or stop["asked"]
+        evaluate = last or (config.eval_every and step % config.eval_every == 0)
+        if evaluate or step % config.save_every == 0:
+          read(pending)  # Nothing that is not finite is ever saved.
+          pending = None
+        if evaluate and not stop["asked"]:
+          validated = run_validation(state)
+          bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
+          for name, value in validated.items() if writer else ():
+            writer.add_scalar(f"validation/{name}", value, step)
+        if last or step % config.save_every == 0:
+          manager.save(step, state.saved(), loader.get_state(), config, validated or None)
+        if stop["asked"]:
+          logging.warning("SIGTERM: saved step %d; the same command goes on from there.", step)
+          break
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+    if writer:
+      writer.close()
+    manager.close()
+  return validated

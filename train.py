@@ -1,0 +1,24 @@
+"""Trains a model with its safety signal: python train.py --config configs/tiny.py --workdir runs/tiny
+
+Kept short: the logic is in saess_jax/train.py, to be imported and tested.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from saess_jax import config as config_lib
+from saess_jax import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/; --config.KEY=VALUE overrides.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, rollouts and logs go; an earlier run there is resumed.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments {argv[1:]}; settings are given as --config.KEY=VALUE.")
+  train.train_and_evaluate(config_lib.from_config_dict(config_lib.TrainConfig, _CONFIG.value), _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  app.run(main)
