@@ -159,7 +159,6 @@ class RolloutConfig:
   tokens: int = 48  # Response tokens sampled a prompt.
   batch_size: int = 32
   temperature: float = 0.7
-  top_p: float = 0.95
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,8 @@ _NAMES = {
     "lm_head/kernel": "output.weight",
 }
 
-# `tokenizer.ggml.pre` -> how text is cut before BPE. transformers' own GGUF reader does not know "smollm" and leaves out
-# the first step, which changes the ids of a digit after two or more spaces.
+# `tokenizer.ggml.pre` -> how text is cut before BPE. transformers' own GGUF reader does not know "smollm" and leaves
+# out the first step, which changes the ids of a digit after two or more spaces or line breaks.
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
@@ -92,7 +92,9 @@ def read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
   return _tokenizer(_File(path))
 
 
-def read(path: Path, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Any], transformers.PreTrainedTokenizerFast]:
+def read(
+    path: Path, dtype: str = "float32",
+) -> tuple[ModelConfig, dict[str, Any], transformers.PreTrainedTokenizerFast]:
   """Config, params and tokenizer together: parsing the header takes seconds, so do it once."""
   file = _File(path)
   config, tokenizer = _config(file).replace(param_dtype=dtype), _tokenizer(file)
@@ -130,8 +132,8 @@ def _config(file: _File) -> ModelConfig:
     raise ValueError(f"{file.path} holds a {file['general.architecture']!r}; expected architecture 'llama'.")
   if "rope_freqs.weight" in file.tensors or file.get("llama.rope.scaling.type", "none") != "none":
     raise ValueError(
-        f"{file.path} scales its rotary frequencies, by a rule that GGUF does not keep in full; load the model from its "
-        "Hugging Face folder instead.")
+        f"{file.path} scales its rotary frequencies, by a rule that GGUF does not keep in full; load the model from "
+        "its Hugging Face folder instead.")
   embed_dim, num_heads = file["llama.embedding_length"], file["llama.attention.head_count"]
   head_dim = file.get("llama.attention.key_length", embed_dim // num_heads)
   if file.get("llama.rope.dimension_count", head_dim) != head_dim:
@@ -197,7 +199,7 @@ def build_params(
     dtype: of the leaves, "float32" or "bfloat16".
 
   Raises:
-    ValueError: tensors are missing, of the wrong shape, or unknown (a bias, say: leaving it out would give another model).
+    ValueError: tensors are missing, of the wrong shape, or unknown (a bias, say: without it, it is another model).
   """
   kind = dtype_of(dtype)
   plan = {}  # Leaf -> (name in the checkpoint, shape of the leaf, shape in the checkpoint).
@@ -251,8 +253,8 @@ def _tokenizer(file: _File) -> transformers.PreTrainedTokenizerFast:
   kind, cut = file["tokenizer.ggml.model"], file.get("tokenizer.ggml.pre", "default")
   if kind != "gpt2" or cut not in _PRE_TOKENIZERS:
     raise ValueError(
-        f"{file.path} has tokenizer {kind!r} with pre-tokenizer {cut!r}; this reader knows byte-level BPE ('gpt2') with "
-        f"{', '.join(map(repr, _PRE_TOKENIZERS))}. Load the model from its Hugging Face folder instead.")
+        f"{file.path} has tokenizer {kind!r} with pre-tokenizer {cut!r}; this reader knows byte-level BPE ('gpt2') "
+        f"with {', '.join(map(repr, _PRE_TOKENIZERS))}. Load the model from its Hugging Face folder instead.")
   tokens = file["tokenizer.ggml.tokens"]
   backend = tokenizers.Tokenizer(models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},

@@ -89,8 +89,8 @@ def _locate(spec: str) -> pathlib.Path:
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
   if not path.exists():
     raise FileNotFoundError(
-        f"{spec!r} does not exist; expected {SMOLLM2!r}, a .gguf file or a local Hugging Face folder (a model of the Hub "
-        "is fetched with `hf download`).")
+        f"{spec!r} does not exist; expected {SMOLLM2!r}, a .gguf file or a local Hugging Face folder (a model of the "
+        "Hub is fetched with `hf download`).")
   if path.is_file() and path.suffix != ".gguf":
     raise ValueError(f"{spec!r} is a {path.suffix or 'nameless'} file; expected a .gguf file or a folder.")
   return path

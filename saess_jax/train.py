@@ -182,7 +182,7 @@ def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sour
   """The rollout step: the first process samples and writes, all read."""
   generator = Generator(
       Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, safety=None,
-      sampling=SamplingConfig(temperature=config.rollouts.temperature, top_p=config.rollouts.top_p),
+      sampling=SamplingConfig(temperature=config.rollouts.temperature),
       max_new_tokens=config.rollouts.tokens, batch_size=config.rollouts.batch_size,
       system_prompt=config.data.system_prompt, seed=config.seed)
   sample = lambda prompts: [r.ids for r in generator.respond(prompts, progress="rollouts")]

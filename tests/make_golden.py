@@ -106,8 +106,8 @@ def torch_model(config: dict, state: dict[str, np.ndarray]):
 def torch_smollm2(path: pathlib.Path):
   """SmolLM2 in torch, read from the GGUF apart from saess_jax.
 
-  The rows of Q and K are put in order by index here: row i of a head in Hugging Face's order is row 2i of llama.cpp's in
-  the first half, and row 2(i - H/2) + 1 in the second.
+  The rows of Q and K are put in order by index here: row i of a head in Hugging Face's order is row 2i of llama.cpp's
+  in the first half, and row 2(i - H/2) + 1 in the second.
   """
   state = {}
   rows = np.concatenate([np.arange(0, 64, 2), np.arange(1, 64, 2)])
@@ -115,28 +115,32 @@ def torch_smollm2(path: pathlib.Path):
       "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
       "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
       "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+  outer = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
   for tensor in gguf_package.GGUFReader(path).tensors:
     values = gguf_package.dequantize(tensor.data, tensor.tensor_type)
     if not tensor.name.startswith("blk."):
-      state[{"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[tensor.name]] = values
+      state[outer[tensor.name]] = values
       continue
     _, layer, part, _ = tensor.name.split(".")
     if part in ("attn_q", "attn_k"):
       values = np.concatenate([values[start:start + 64][rows] for start in range(0, len(values), 64)])
     state[f"model.layers.{layer}.{names[part]}.weight"] = values
   return torch_model({
-      "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-      "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-      "tie_word_embeddings": True, "rope_theta": 1e5}, state)
+      "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+      "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1e5}, state)
 
 
 def chat_ids(tokenizer, prompt: str) -> list[int]:
-  text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+  """The prompt in the model's chat template, up to where the answer begins."""
+  messages = [{"role": "user", "content": prompt}]
+  text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
   return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def main():
   import torch
+
   from saess_jax import gguf
   GOLDEN.mkdir(exist_ok=True)
   with torch.no_grad():
@@ -147,7 +151,9 @@ def main():
     for i, prompt in enumerate(PROMPTS[:5]):
       ids = chat_ids(tokenizer, prompt)
       top = model(torch.tensor([ids])).logits[0].topk(TOP)
-      arrays |= {f"ids_{i}": np.int32(ids), f"top_{i}": top.indices.numpy().astype(np.int32), f"logits_{i}": top.values.numpy()}
+      arrays |= {
+          f"ids_{i}": np.int32(ids), f"top_{i}": top.indices.numpy().astype(np.int32),
+          f"logits_{i}": top.values.numpy()}
     np.savez_compressed(GOLDEN / "smollm2.npz", **arrays)
 
 

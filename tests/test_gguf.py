@@ -58,8 +58,9 @@ def gguf_state(case: str) -> dict[str, np.ndarray]:
   return state
 
 
-def write_gguf(path, case="grouped", kind=KIND.F32, architecture="llama", tokenizer="gpt2", cut="smollm", change=lambda state: None,
-               **metadata):
+def write_gguf(path, case="grouped", kind=KIND.F32, architecture="llama", tokenizer="gpt2", cut="smollm",
+               change=lambda state: None, **metadata):
+  """A GGUF of the tiny model, kernels as `kind`, after `change` to its tensors; `metadata` has "__" for each dot."""
   config = hf_config(case)
   writer = gguf_package.GGUFWriter(path, architecture)
   writer.add_block_count(config["num_hidden_layers"])
@@ -134,7 +135,8 @@ def test_tiny_tokenizer(tmp_path):
     ({"change": lambda state: state.update({"rope_freqs.weight": np.ones(8, np.float32)})}, "rotary frequencies"),
     ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
     ({"change": lambda state: state.pop("blk.1.ffn_up.weight")}, "lacks 1 tensors.*blk.1.ffn_up.weight"),
-    ({"change": lambda state: state.update({"blk.1.attn_q.bias": np.ones(64, np.float32)})}, "no place.*blk.1.attn_q.bias"),
+    ({"change": lambda state: state.update({"blk.1.attn_q.bias": np.ones(64, np.float32)})},
+     "no place.*blk.1.attn_q.bias"),
     ({"change": lambda state: state.update({"output_norm.weight": np.ones(60, np.float32)})},
      r"output_norm.weight has shape \(60,\).*\(64,\)"),
 ])
@@ -227,9 +229,14 @@ def test_smollm2_special_tokens():
 
 TEXTS = [  # No digit after two spaces, or one that is not ASCII after a space: see the test of digits below.
     "", " ", "Hello, world!", "  two  and   three spaces ", "tabs\tand\n\nlines\r\n\r\nof\n \n all kinds\n",
-    "in 1995, 3.14159 and 1,000,000", "x1y22z333", "I'm we'll they've DON'T it's", "naïve café, Ångström, e\u0301", "日本語のテキスト, 한국어, עברית, العربية",
-    "emoji 👩‍👩‍👧‍👦 🇪🇺 ❤️", "def f(x):\n    return {**x, 'a': [i for i in x if i != 0]}  # why?\n", "https://a.b/c?d=e&f=%20#g",
-    "\u00a0non-breaking\u200bzero-width\ufeff", "<|im_start|>user\nHi<|im_end|>", "<|im_end|><|endoftext|>", "[CLS] <s> </s> [INST]", "$∑_{i≤n}$, x², 1½", "\x00\x7f",
+    "in 1995, 3.14159 and 1,000,000", "x1y22z333", "I'm we'll they've DON'T it's",
+    "naïve café, Ångström, e\u0301", "日本語のテキスト, 한국어, עברית, العربية",
+    "emoji 👩‍👩‍👧‍👦 🇪🇺 ❤️",
+    "def f(x):\n    return {**x, 'a': [i for i in x if i != 0]}  # why?\n",
+    "https://a.b/c?d=e&f=%20#g",
+    "\u00a0non-breaking\u200bzero-width\ufeff",
+    "<|im_start|>user\nHi<|im_end|>", "<|im_end|><|endoftext|>", "[CLS] <s> </s> [INST]",
+    "$∑_{i≤n}$, x², 1½", "\x00\x7f",
 ]
 
 
@@ -287,6 +294,7 @@ def compare_greedy(prompts, steps: int) -> tuple[float, float]:
   """
   import torch
   reference, rows, expected = torch_smollm2(), [], []
+  torch.set_num_threads(1)  # One row at a time is too little work for more: they wait for each other.
   with torch.no_grad():
     for prompt in prompts:
       ids = torch.tensor([chat_ids(smollm2().tokenizer, prompt)])

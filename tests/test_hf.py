@@ -24,9 +24,10 @@ TOLERANCE = 1e-4  # Of logits and hidden states, float32.
 
 
 def run(config, params, tokens):
-  """logits [B, S, V] and the stream [B, S, D] after each layer, the last one final-normed as transformers gives it."""
+  """logits [B, S, V] and the stream [B, S, D] after each layer, the last one normed as transformers gives it."""
   capture = lambda module, method: isinstance(module, Block) and method == "__call__"
-  output, state = Llama(config).apply({"params": params}, tokens, capture_intermediates=capture, mutable="intermediates")
+  output, state = Llama(config).apply(
+      {"params": params}, tokens, capture_intermediates=capture, mutable="intermediates")
   layers = [state["intermediates"][f"layers_{i}"]["__call__"][0][0] for i in range(config.num_layers)]
   return output.logits, [*layers[:-1], output.hidden]
 
@@ -70,7 +71,8 @@ def test_config_of_both_transformers_generations(tmp_path):
 
 def test_mistral_config(tmp_path):
   assert hf.read_config(write_folder(tmp_path, "mistral")).sliding_window == 6
-  assert hf.read_config(write_folder(tmp_path, config=hf_config("mistral") | {"sliding_window": None})).sliding_window is None
+  unlimited = hf_config("mistral") | {"sliding_window": None}
+  assert hf.read_config(write_folder(tmp_path, config=unlimited)).sliding_window is None
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])

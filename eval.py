@@ -1,0 +1,32 @@
+"""Attacks a trained model and its base, and writes rows, metrics and an HTML report.
+
+  python eval.py --config configs/eval_embedded.py --config.checkpoint=RUN --workdir OUT
+
+Kept short so that the logic can be imported and tested: see `saess_jax.evaluate` and `saess_jax.report`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from saess_jax import config as config_lib, evaluate, report
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/ that returns an EvalConfig.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; the same one resumes an interrupted evaluation.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+  metrics = evaluate.evaluate(config_lib.from_config_dict(config_lib.EvalConfig, _CONFIG.value), _WORKDIR.value)
+  path = pathlib.Path(_WORKDIR.value).expanduser() / "report.html"
+  report.write_report(metrics, evaluate.read_results(_WORKDIR.value), path)
+  print(f"Report: {path}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

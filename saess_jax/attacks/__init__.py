@@ -1,0 +1,27 @@
+"""Attacks by name: "direct", "prefill_N" and "prefill_own_N" for N tokens."""
+
+from __future__ import annotations
+
+import re
+
+from saess_jax.attacks.base import Attack, Attempt, Target
+from saess_jax.attacks.direct import Direct
+from saess_jax.attacks.prefill import Prefill, PrefillOwn
+
+__all__ = ["ATTACKS", "Attack", "Attempt", "Target", "make_attack"]
+
+# A name, with N for a number of at least 1 -> what makes the attack, given that number if there is one.
+ATTACKS = {"direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn}
+
+
+def make_attack(name: str) -> Attack:
+  """"prefill_10" -> Prefill(10).
+
+  Raises:
+    ValueError: no attack of that name.
+  """
+  number = re.fullmatch(r"(.*_)([1-9]\d{0,3})", name)
+  family = f"{number[1]}N" if number else name
+  if family not in ATTACKS or family.endswith("_N") != bool(number):
+    raise ValueError(f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number of tokens for N.")
+  return ATTACKS[family](int(number[2])) if number else ATTACKS[family]()

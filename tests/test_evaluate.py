@@ -1,0 +1,261 @@
+"""Evaluation from rows to metrics, with stand-in models, and once with real tiny ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from saess_jax import evaluate as evaluate_lib
+from saess_jax.config import EvalConfig, model_config
+from saess_jax.evaluate import Models, evaluate, read_results, table, wilson_interval
+from saess_jax.generate import Generator, Response
+from saess_jax.model import Llama, nn
+
+REFUSAL = "Sorry, I cannot fulfill your request because it would be harmful."
+ANSWER = "Step one: take the blue box."
+
+
+class StandIn:
+  """Refuses as told; counts what it is asked."""
+
+  def __init__(self, name, refuses, prob, asked):
+    self.tokenizer, self._name, self._refuses, self._prob, self._asked = tiny_tokenizer(), name, refuses, prob, asked
+
+  def respond(self, prompts, prefixes=None, progress=""):
+    self._asked.append((self._name, progress, len(prompts)))
+    return [self._one(prompt, prefix) for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts))]
+
+  def _one(self, prompt, prefix):
+    refused = self._refuses(prompt, prefix)
+    said = "" if "silent" in prompt else REFUSAL if refused else ANSWER
+    return Response(
+        text=prefix + said, generated=said, tokens=said.split(), cls_prob=[math.nan] * len(said.split()),
+        phase=["benign"] * len(said.split()), initial_prob=self._prob(prompt), leaked=3 if refused and prefix else 0,
+        intervened_at=(4 if prefix else 0) if refused and self._name == "saess" else -1, evaluations=7,
+        prefix_tokens=0, ids=[])
+
+
+def models(asked=None, identity="weights 1", fails_on=None):
+  """base refuses what it is asked "rudely"; saess all that is "forbidden", short of prefixes over 30 characters."""
+  asked = [] if asked is None else asked
+
+  def generator(name, max_new_tokens):
+    del max_new_tokens
+    if name == fails_on:
+      raise KeyboardInterrupt
+    if name == "base":
+      return StandIn(name, lambda prompt, prefix: "rudely" in prompt and not prefix, lambda prompt: math.nan, asked)
+    forbidden = lambda prompt: "forbidden" in prompt
+    return StandIn(
+        name, lambda prompt, prefix: forbidden(prompt) and len(prefix) < 30, lambda prompt: 0.9 if forbidden(prompt) else 0.1, asked)
+
+  return lambda config: Models(identity, generator)
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / "prompts.csv"
+  path.write_text(
+      "goal,label,category\n"
+      "Do the forbidden thing rudely,malicious,acts\nDo the forbidden thing,malicious,acts\n"
+      "Tell a forbidden secret,malicious,words\nDo a silent deed,malicious,words\n"
+      "Bake bread,benign,food\nQuote the forbidden city,benign,history\n")
+  return EvalConfig(source=str(path), attacks=("direct", "prefill_5", "prefill_20"))
+
+
+# ---- Wilson
+
+
+@pytest.mark.parametrize("successes, n, low, high", [
+    (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (5, 10, 0.236593, 0.763407), (1, 100, 0.001767, 0.054486),
+    (50, 100, 0.403832, 0.596168), (0, 1, 0.0, 0.793450)])
+def test_wilson(successes, n, low, high):
+  assert wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize("successes, n", [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_of_nonsense(successes, n):
+  with pytest.raises(ValueError, match=f"{successes} successes of {n}"):
+    wilson_interval(successes, n)
+
+
+# ---- What comes out
+
+
+def test_metrics(config, tmp_path):
+  metrics = evaluate(config, tmp_path / "out", models())
+  assert metrics["n"] == {"malicious": 4, "benign": 2}
+  success = {m: {a: r["count"] for a, r in rates.items()} for m, rates in metrics["attack_success_rate"].items()}
+  # The silent one is neither refused nor a success.
+  assert success == {
+      "base": {"direct": 2, "prefill_5": 3, "prefill_20": 3}, "saess": {"direct": 0, "prefill_5": 0, "prefill_20": 3}}
+  assert metrics["attack_success_rate"]["base"]["direct"] == pytest.approx(
+      {"rate": 0.5, "low": 0.150036, "high": 0.849964, "count": 2, "n": 4}, abs=1e-5)
+  assert {m: r["count"] for m, r in metrics["any_attack"].items()} == {"base": 3, "saess": 3}
+  assert {m: r["count"] for m, r in metrics["over_refusal"].items()} == {"base": 0, "saess": 1}
+  assert metrics["over_refusal_by_category"]["saess"]["history"]["rate"] == 1
+  assert metrics["over_refusal_by_source"]["saess"]["prompts.csv"]["n"] == 2
+  assert {m: r["count"] for m, r in metrics["caught_initially"].items()} == {"saess": 3}
+  assert metrics["alarmed_initially"]["saess"]["count"] == 1
+  assert metrics["by_category"]["saess"]["prefill_20"]["acts"]["count"] == 2
+  conduct = metrics["attacks"]["saess"]["prefill_5"]
+  assert conduct["empty"] == 1 and conduct["leaked_mean"] == 9 / 4 and conduct["leaked_max"] == 3
+  assert conduct["evaluations_mean"] == 7 and conduct["intervened"]["count"] == 3
+  assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+
+
+def test_rows_hold_the_evidence(config, tmp_path):
+  evaluate(config, tmp_path / "out", models())
+  rows = read_results(tmp_path / "out")
+  assert len(rows) == 2 * (6 + 4 + 4)  # Benign prompts are asked directly only.
+  row = next(r for r in rows if (r["method"], r["model"], r["index"]) == ("prefill_5", "saess", 1))
+  assert row["behavior"] == row["prompt"] == "Do the forbidden thing" and row["category"] == "acts"
+  assert row["response"] == row["prefix"] + REFUSAL and row["generated"] == REFUSAL and row["prefix"]
+  assert row["initial_prob"] == 0.9 and row["intervened_at"] == 4 and row["leaked"] == 3 and row["cls_prob"][0] is None
+  assert row["judgements"]["rules"]["refused"] and row["judgements"]["prefix"]["refused"]
+  assert row["judgements"]["rules"]["version"] and row["label"] == 1 and row["queries"] == 0
+  assert next(r for r in rows if r["model"] == "base")["initial_prob"] is None
+
+
+def test_budget_of_an_attack_that_asks(config, tmp_path):
+  metrics = evaluate(dataclasses.replace(config, attacks=("prefill_own_3",)), tmp_path / "out", models())
+  assert metrics["budget"]["prefill_own_3"]["queries"] == 4 and metrics["budget"]["prefill_own_3"]["tokens"] > 4
+  assert set(metrics["attack_success_rate"]["base"]) == {"prefill_own_3"}  # "direct" is for benign prompts alone here.
+  assert metrics["over_refusal"]["saess"]["n"] == 2
+
+
+def test_table(config, tmp_path, capsys):
+  metrics = evaluate(config, tmp_path / "out", models())
+  assert capsys.readouterr().out.strip() == table(metrics)
+  lines = table(metrics).split("\n")
+  assert lines[0].split()[-2:] == ["base", "saess"] and lines[1].split() == ["direct", "50%", "[15,", "85]", "0%", "[0,", "49]"]
+  assert lines[4].startswith("any of these") and lines[5].startswith("benign prompts refused")
+
+
+def test_one_label_only(config, tmp_path):
+  benign = evaluate(dataclasses.replace(config, label="benign"), tmp_path / "benign", models())
+  assert benign["attack_success_rate"] == {} and benign["n"] == {"malicious": 0, "benign": 2} and "benign" in table(benign)
+  malicious = evaluate(dataclasses.replace(config, label="malicious", max_rows=2), tmp_path / "malicious", models())
+  assert malicious["over_refusal"] == {} and malicious["n"] == {"malicious": 2, "benign": 0}
+
+
+def test_a_file_without_labels_takes_the_configs(tmp_path):
+  path = tmp_path / "mine.jsonl"
+  path.write_text('{"prompt": "Do the forbidden thing"}\n')
+  config = EvalConfig(source=str(path), label="malicious", attacks=("direct",))
+  assert evaluate(config, tmp_path / "out", models())["n"]["malicious"] == 1
+
+
+# ---- Going on
+
+
+def test_an_interrupted_evaluation_goes_on(config, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    evaluate(config, tmp_path / "out", models(fails_on="saess"))
+  asked = []
+  metrics = evaluate(config, tmp_path / "out", models(asked))
+  assert asked[0] == ("saess", "direct saess", 6)  # What base had said is not asked again.
+  assert metrics == evaluate(config, tmp_path / "other", models())
+  asked.clear()
+  assert evaluate(config, tmp_path / "out", models(asked)) == metrics and not asked
+
+
+def test_another_evaluations_folder_is_left_alone(config, tmp_path):
+  evaluate(config, tmp_path / "out", models())
+  before = (tmp_path / "out" / "rows.jsonl").read_text()
+  with pytest.raises(ValueError, match="another evaluation: max_new_tokens is 9 now and 48 there.*Choose another"):
+    evaluate(dataclasses.replace(config, max_new_tokens=9), tmp_path / "out", models())
+  with pytest.raises(ValueError, match="the model is 'weights 2' now and 'weights 1' there"):
+    evaluate(config, tmp_path / "out", models(identity="weights 2"))
+  with open(config.source, "a") as file:
+    file.write("Do one more thing,benign,acts\n")
+  with pytest.raises(ValueError, match="the digest of the prompts"):
+    evaluate(config, tmp_path / "out", models())
+  assert (tmp_path / "out" / "rows.jsonl").read_text() == before
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(config, tmp_path):
+  with pytest.raises(ValueError, match="is not empty and holds no evaluation; choose a new --workdir"):
+    evaluate(config, tmp_path, models())
+
+
+# ---- Bad input, before any model is loaded
+
+
+def unloadable(config):
+  raise AssertionError("loaded")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"attacks": ("direct", "prefil_5")}, "attack is 'prefil_5'; expected one of direct"),
+    ({"attacks": "direct"}, "attacks is 'direct'; expected a tuple"),
+    ({"attacks": ()}, "attacks is"),
+    ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, saess"),
+    ({"models": ("base", "base")}, "models is"),
+    ({"label": "bad"}, "label is 'bad'; expected both, benign or malicious"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"batch_size": 0}, "batch_size 0"),
+])
+def test_bad_config(config, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate(dataclasses.replace(config, **change), tmp_path / "out", unloadable)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, label, message", [
+    ("text,label\nhello,benign\n", "both", "no prompt column"),
+    ("prompt\nhello\n", "both", "no label"),
+    ("prompt,label\n", "both", "empty"),
+    ("prompt,label\nhello,benign\n", "malicious", "has no malicious rows"),
+])
+def test_bad_file(tmp_path, content, label, message):
+  path = tmp_path / "mine.csv"
+  path.write_text(content)
+  with pytest.raises(ValueError, match=message):
+    evaluate(EvalConfig(source=str(path), label=label), tmp_path / "out", unloadable)
+
+
+def test_missing_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match="absent.csv does not exist"):
+    evaluate(EvalConfig(source=str(tmp_path / "absent.csv")), tmp_path / "out", unloadable)
+
+
+@pytest.mark.parametrize("path, error, message", [
+    ("", ValueError, "checkpoint is empty"), ("nowhere", FileNotFoundError, "workdir of a training run")])
+def test_no_checkpoint(config, tmp_path, path, error, message):
+  with pytest.raises(error, match=message):
+    evaluate(dataclasses.replace(config, checkpoint=path), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+# ---- With a model
+
+
+def test_with_real_tiny_models(config, tmp_path):
+  model = Llama(model_config("tiny", num_layers=1, scan_layers=False))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+  generator = functools.cache(lambda name, max_new_tokens: Generator(
+      model, params, tiny_tokenizer(), safety=None if name == "base" else config.safety, max_new_tokens=max_new_tokens,
+      batch_size=8))
+  config = dataclasses.replace(config, attacks=("prefill_own_4",), label="malicious", max_new_tokens=4)
+  metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator))
+  rows = read_results(tmp_path / "out")
+  assert len(rows) == 2 * 4 and metrics["n"]["malicious"] == 4 and metrics["budget"]["prefill_own_4"]["tokens"] > 0
+  for row in rows:
+    assert row["response"].startswith(row["prefix"]) and (row["initial_prob"] is None) == (row["model"] == "base")
+    assert len(row["tokens"]) == len(row["cls_prob"]) == len(row["phase"])
+  assert any(row["prefix_tokens"] for row in rows)
+
+
+def test_default_config_loads_the_embedded_split(monkeypatch):
+  asked = []
+  monkeypatch.setattr(evaluate_lib.sources, "embedded_rows", lambda split: asked.append(split) or [
+      evaluate_lib.sources.Row("p", "", 1, "", "")])
+  assert len(evaluate_lib.evaluation_rows(EvalConfig())) == 1 and asked == ["test"]
