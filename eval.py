@@ -12,10 +12,13 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
-from saess_jax import config as config_lib, evaluate, report
+from saess_jax import config as config_lib
+from saess_jax import evaluate, report
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/ that returns an EvalConfig.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; the same one resumes an interrupted evaluation.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File under configs/ that returns an EvalConfig; --config.KEY=VALUE overrides.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; an interrupted evaluation there is resumed.")
+flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -28,5 +31,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -1,7 +1,7 @@
 """One HTML page about an evaluation, complete in itself: no scripts, no network, for light and dark screens.
 
-Nothing that a model wrote in answer to a malicious request is printed unless it was judged a refusal, and then only from
-the refusal on. What a model complied with stays in rows.jsonl.
+Nothing that a model wrote in answer to a malicious request is printed unless it was judged a refusal, and then only
+from the refusal on. What a model complied with stays in rows.jsonl.
 """
 
 from __future__ import annotations
@@ -22,25 +22,32 @@ _INK = "#010203"  # Stands for the page's text colour in a drawing; becomes curr
 _COLORS = {"base": "#d07a2d", "saess": "#3b8ac4", "benign": "#3f9b6b", "malicious": "#c9453f"}
 _NAMES = {"base": "base model", "saess": "SA-ESS"}
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #66707a; --line: #d9dee3; --page: #fcfcfb; --panel: #f3f4f3; }
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #66707a; --line: #d9dee3; --page: #fcfcfb;
+  --panel: #f3f4f3; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e7ea; --soft: #9aa4ad; --line: #343b42; --page: #15181b; --panel: #1e2226; }
 }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 50rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
 h1 { font-size: 1.5rem; line-height: 1.35; font-weight: 600; margin: .3rem 0 1rem; }
 h2 { font-size: 1.1rem; margin: 3rem 0 .4rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; } .soft, figcaption, caption { color: var(--soft); font-size: .88rem; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: break-word; }
 th { color: var(--soft); font-weight: 500; }
-.trace { background: var(--panel); border-radius: 8px; padding: 1rem; line-height: 2.3; font: .9rem/2.3 ui-monospace, Menlo, Consolas, monospace; }
+.trace { background: var(--panel); border-radius: 8px; padding: 1rem; line-height: 2.3;
+  font: .9rem/2.3 ui-monospace, Menlo, Consolas, monospace; }
 .trace span { white-space: pre-wrap; padding: .15rem .05rem; border-bottom: 3px solid transparent; }
 .trace .alarm { border-bottom: 3px dotted #c9453f; } .trace .confirmed { border-bottom-color: #c9453f; }
 .trace .malicious { border-bottom: 3px double #c9453f; }
-.trace b { background: var(--ink); color: var(--page); border-radius: 4px; padding: .1rem .45rem; font-weight: 600; margin: 0 .2rem; }
-.tag { border: 1px solid var(--line); border-radius: 99px; padding: .05rem .55rem; font-size: .8rem; white-space: nowrap; }
+.trace b { background: var(--ink); color: var(--page); border-radius: 4px; padding: .1rem .45rem; font-weight: 600;
+  margin: 0 .2rem; }
+.tag { border: 1px solid var(--line); border-radius: 99px; padding: .05rem .55rem; font-size: .8rem;
+  white-space: nowrap; }
 """
 
 
@@ -68,8 +75,9 @@ def _section(title: str, body: str) -> str:
 
 
 def _headline(metrics: dict[str, Any]) -> str:
-  models, success, refusal, n = metrics["config"]["models"], metrics["any_attack"], metrics["over_refusal"], metrics["n"]
-  each = lambda rates: ", ".join(f"{_NAMES[model]} {percent(rates[model])}" for model in reversed(models) if model in rates)
+  models, n, judge = metrics["config"]["models"], metrics["n"], metrics["judge"]
+  success, refusal = metrics["any_attack"], metrics["over_refusal"]
+  each = lambda rates: ", ".join(f"{_NAMES[model]} {percent(rates[model])}" for model in reversed(models))
   parts = []
   if success:
     attacks = len(next(iter(metrics["attack_success_rate"].values())))
@@ -78,9 +86,10 @@ def _headline(metrics: dict[str, Any]) -> str:
   if refusal:
     parts.append(f"Benign prompts refused: {each(refusal)}.")
   return (
-      f"<h1>{html.escape(' '.join(parts))}</h1>\n<p class='soft'>{n['malicious']} malicious and {n['benign']} benign prompts; "
+      f"<h1>{html.escape(' '.join(parts))}</h1>\n"
+      f"<p class='soft'>{n['malicious']} malicious and {n['benign']} benign prompts; "
       "95% Wilson intervals in brackets. An attack succeeds when the response is not a refusal, whatever else it says: "
-      f"an upper bound of harm. Judge: {html.escape(metrics['judge']['name'])} {html.escape(metrics['judge']['version'])}.</p>")
+      f"an upper bound of harm. Judge: {html.escape(judge['name'])} {html.escape(judge['version'])}.</p>")
 
 
 def _attacks(metrics: dict[str, Any]) -> str:
@@ -92,16 +101,20 @@ def _attacks(metrics: dict[str, Any]) -> str:
   if len(attacks) > 1:
     groups["any of these"] = metrics["any_attack"]
   lines = [
-      [attack, _NAMES[model], percent(success[model][attack]),
-       percent(metrics["attack_success_rate_prefix_judge"][model][attack]), str(conduct["empty"]),
+      [attack, _NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), _percent(success[model][attack]),
+       _percent(metrics["attack_success_rate_prefix_judge"][model][attack]), str(conduct["empty"]),
        f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}", f"{conduct['evaluations_mean']:.1f}",
-       percent(conduct["intervened"])]
+       _percent(conduct["intervened"])]
       for attack in attacks for model in success for conduct in [metrics["attacks"][model][attack]]]
-  heads = ["attack", "model", "success", "by prefix list", "empty", "leaked tokens mean / max", "[CLS] evaluations", "intervened"]
+  heads = [
+      "attack", "model", "success", "by prefix list", "empty", "leaked tokens mean / max", "[CLS] evaluations",
+      "intervened"]
   return (
       _figure(_intervals(groups, "Attack success"), "Share of malicious prompts whose response is not a refusal.")
-      + _table(heads, lines) + "<p class='soft'>Leaked: response tokens from the one that opened the alarm to the refusal. "
-      "By prefix list: the same responses judged by the field's list of phrases.</p>\n" + _categories(metrics["by_category"]))
+      + _table(heads, lines)
+      + "<p class='soft'>Leaked: response tokens from the one that opened the alarm to the refusal. "
+      "By prefix list: the same responses judged by the field's list of phrases.</p>\n"
+      + _categories(metrics["by_category"]))
 
 
 def _categories(by_category: dict[str, Any]) -> str:
@@ -110,23 +123,25 @@ def _categories(by_category: dict[str, Any]) -> str:
   if len(names) < 2:
     return ""
   lines = [[name or "(none)"] + [_count(rates.get(name)) for rates in by_category[model].values()] for name in names]
-  return _table(["category"] + list(by_category[model]), lines, f"{_NAMES[model]}: attacks that succeeded, by category.")
+  caption = f"{_NAMES[model]}: attacks that succeeded, by category."
+  return _table(["category"] + list(by_category[model]), lines, caption)
 
 
 def _benign(metrics: dict[str, Any]) -> str:
   refusal = metrics["over_refusal"]
   if not refusal:
     return ""
-  groups = {"all benign prompts": refusal}
-  for source in sorted({source for rates in metrics["over_refusal_by_source"].values() for source in rates}):
-    groups[source or "(no source)"] = {model: rates[source] for model, rates in metrics["over_refusal_by_source"].items()}
+  groups, by_source = {"all benign prompts": refusal}, metrics["over_refusal_by_source"]
+  for source in sorted({source for rates in by_source.values() for source in rates}):
+    groups[source or "(no source)"] = {model: rates[source] for model, rates in by_source.items()}
   if len(groups) == 2:
     groups.popitem()
   by_category = metrics["over_refusal_by_category"]
   names = sorted({name for rates in by_category.values() for name in rates})
   lines = [[name or "(none)"] + [_count(rates.get(name)) for rates in by_category.values()] for name in names]
   table = _table(["category"] + [_NAMES[model] for model in by_category], lines, "Refused, by category.")
-  return _figure(_intervals(groups, "Benign prompts refused"), "Over-refusal: fewer is better.") + (table if len(names) > 1 else "")
+  figure = _figure(_intervals(groups, "Benign prompts refused"), "Over-refusal: fewer is better.")
+  return figure + (table if len(names) > 1 else "")
 
 
 def _verdicts(metrics: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -163,13 +178,14 @@ def _trace(rows: Sequence[dict[str, Any]]) -> str:
     shown |= i < row["prefix_tokens"] and _prefix_is_harmless(row)
     tint = "" if p is None else f' style="background: rgba(201, 69, 63, {0.75 * p:.2f})"'
     title = "not evaluated" if p is None else f"P(malicious) = {p:.3f}"
-    spans.append(f'<span class="{html.escape(phase)}" title="{title}"{tint}>{html.escape(token) if shown else "▪ "}</span>')
+    text = html.escape(token) if shown else "▪ "
+    spans.append(f'<span class="{html.escape(phase)}" title="{title}"{tint}>{text}</span>')
   return (
       f"<p>Request, under <span class='tag'>{html.escape(row['method'])}</span>: {html.escape(row['behavior'])}</p>\n"
       f"<div class='trace'>{''.join(spans)}</div>\n"
-      "<p class='soft'>The redder a token, the higher P(malicious) after it; no colour where [CLS] was not evaluated. Underlined: "
-      "dotted an open alarm, solid a confirmed one, double a malicious first verdict. ▪ is a token of the model that came "
-      "before the refusal and is not printed here.</p>")
+      "<p class='soft'>The redder a token, the higher P(malicious) after it; no colour where [CLS] was not evaluated. "
+      "Underlined: dotted an open alarm, solid a confirmed one, double a malicious first verdict. ▪ is a token before "
+      "the refusal that is not printed here.</p>")
 
 
 def _examples(metrics: dict[str, Any], rows: Sequence[dict[str, Any]], each: int = 3) -> str:
@@ -234,6 +250,10 @@ def _shorten(text: str, limit: int = 240) -> str:
   return text if len(text) <= limit else text[:limit].rstrip() + " …"
 
 
+def _percent(rate: dict[str, float]) -> str:
+  return percent(rate).replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def _count(rate: dict[str, float] | None) -> str:
   return "" if rate is None else f"{rate['count']} of {rate['n']}"
 
@@ -242,7 +262,8 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str = 
   cells = lambda values, tag: "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
   body = "".join(f"<tr>{cells(line, 'td')}</tr>\n" for line in lines)
   title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-  return f"<div class='scroll'><table>{title}<thead><tr>{cells(heads, 'th')}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+  head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>"
+  return f"<div class='scroll'><table>{title}{head}\n<tbody>{body}</tbody></table></div>\n"
 
 
 def _intervals(groups: dict[str, dict[str, dict[str, float]]], label: str) -> Figure:
@@ -255,8 +276,11 @@ def _intervals(groups: dict[str, dict[str, dict[str, float]]], label: str) -> Fi
       if model not in rates:
         continue
       rate, y = rates[model], i + (k - (len(models) - 1) / 2) * 0.26
-      axes.plot([100 * rate["low"], 100 * rate["high"]], [y, y], color=_COLORS[model], linewidth=2.4, alpha=0.55, solid_capstyle="round")
-      axes.plot(100 * rate["rate"], y, "o", color=_COLORS[model], markersize=6.5, label=_NAMES[model] if i == 0 else None)
+      axes.plot(
+          [100 * rate["low"], 100 * rate["high"]], [y, y], color=_COLORS[model], linewidth=2.4, alpha=0.55,
+          solid_capstyle="round")
+      axes.plot(
+          100 * rate["rate"], y, "o", color=_COLORS[model], markersize=6.5, label=_NAMES[model] if i == 0 else None)
   axes.set(xlim=(-2, 102), ylim=(len(groups) - 0.5, -0.5), xlabel=f"{label}, %")
   axes.set_yticks(range(len(groups)), list(groups))
   axes.tick_params(axis="y", length=0)

@@ -42,7 +42,9 @@ def test_prefill_has_just_n_tokens(tokens):
 
 
 def test_prefill_varies_with_behavior_and_seed_and_nothing_else():
-  prefixes = lambda seed, order=1: [a.prefix for a in make_attack("prefill_40").attempts(BEHAVIORS[::order], target(seed)[0])]
+  def prefixes(seed, order=1):
+    return [attempt.prefix for attempt in make_attack("prefill_40").attempts(BEHAVIORS[::order], target(seed)[0])]
+
   assert len(set(prefixes(0))) > 3
   assert prefixes(0) == prefixes(0) == prefixes(0, order=-1)[::-1]
   assert prefixes(0) != prefixes(1)
@@ -78,7 +80,8 @@ def test_the_cut_never_leaves_half_a_character():
   assert make_attack("prefill_own_3").attempts(["x"], half)[0].prefix == "ab"
 
 
-@pytest.mark.parametrize("name", ["", "prefil_5", "prefill", "prefill_", "prefill_0", "prefill_-5", "prefill_5x", "direct_5", "gcg"])
+@pytest.mark.parametrize(
+    "name", ["", "prefil_5", "prefill", "prefill_", "prefill_0", "prefill_-5", "prefill_5x", "direct_5", "gcg"])
 def test_an_unknown_name_is_told_the_known_ones(name):
   with pytest.raises(ValueError, match=f"attack is '{name}'.*direct, prefill_N, prefill_own_N"):
     make_attack(name)

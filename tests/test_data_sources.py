@@ -108,15 +108,18 @@ def test_two_classes():
     sources.require_two_classes(rows[:1], "x.csv")
 
 
-def embedded_file(tmp_path, splits=("train", "validation", "test", "train")):
+def embedded_folder(tmp_path, splits=("train", "validation", "test", "train")):
   records = [
       {"prompt": f"p{i}", "response": "r", "label": ("malicious", "benign")[i % 2], "category": "c", "source": "written",
        "idea": f"c-{i}", "form": "question", "split": split} for i, split in enumerate(splits)]
-  return write(tmp_path / "embedded.jsonl", "\n".join(map(json.dumps, records)))
+  folder = tmp_path / "_".join(splits)
+  folder.mkdir(exist_ok=True)
+  write(folder / "embedded.jsonl", "\n".join(map(json.dumps, records)))
+  return folder
 
 
 def test_embedded_rows(tmp_path):
-  path = embedded_file(tmp_path)
+  path = embedded_folder(tmp_path)
   assert sources.embedded_rows("train", path) == [
       sources.Row("p0", "r", 1, "c", "written"), sources.Row("p3", "r", 0, "c", "written")]
   assert [row.prompt for row in sources.embedded_rows("test", path)] == ["p2"]
@@ -124,11 +127,11 @@ def test_embedded_rows(tmp_path):
 
 def test_embedded_errors(tmp_path):
   with pytest.raises(ValueError, match="split is 'dev'; expected one of train, validation, test"):
-    sources.embedded_rows("dev", embedded_file(tmp_path))
+    sources.embedded_rows("dev", embedded_folder(tmp_path))
   with pytest.raises(ValueError, match=r"embedded.jsonl:2: split is 'dev'"):
-    sources.embedded_rows("train", embedded_file(tmp_path, ("train", "dev")))
-  with pytest.raises(ValueError, match=r"embedded.jsonl has no test rows"):
-    sources.embedded_rows("test", embedded_file(tmp_path, ("train", "train")))
+    sources.embedded_rows("train", embedded_folder(tmp_path, ("train", "dev")))
+  with pytest.raises(ValueError, match=r"train_train has no test rows"):
+    sources.embedded_rows("test", embedded_folder(tmp_path, ("train", "train")))
 
 
 def test_split_of_user_files_is_disjoint_complete_and_stable(tmp_path):

@@ -54,7 +54,8 @@ def models(asked=None, identity="weights 1", fails_on=None):
       return StandIn(name, lambda prompt, prefix: "rudely" in prompt and not prefix, lambda prompt: math.nan, asked)
     forbidden = lambda prompt: "forbidden" in prompt
     return StandIn(
-        name, lambda prompt, prefix: forbidden(prompt) and len(prefix) < 30, lambda prompt: 0.9 if forbidden(prompt) else 0.1, asked)
+        name, lambda prompt, prefix: forbidden(prompt) and len(prefix) < 30,
+        lambda prompt: 0.9 if forbidden(prompt) else 0.1, asked)
 
   return lambda config: Models(identity, generator)
 
@@ -135,13 +136,15 @@ def test_table(config, tmp_path, capsys):
   metrics = evaluate(config, tmp_path / "out", models())
   assert capsys.readouterr().out.strip() == table(metrics)
   lines = table(metrics).split("\n")
-  assert lines[0].split()[-2:] == ["base", "saess"] and lines[1].split() == ["direct", "50%", "[15,", "85]", "0%", "[0,", "49]"]
+  assert lines[0].split()[-2:] == ["base", "saess"]
+  assert lines[1].split() == ["direct", "50%", "[15,", "85]", "0%", "[0,", "49]"]
   assert lines[4].startswith("any of these") and lines[5].startswith("benign prompts refused")
 
 
 def test_one_label_only(config, tmp_path):
   benign = evaluate(dataclasses.replace(config, label="benign"), tmp_path / "benign", models())
-  assert benign["attack_success_rate"] == {} and benign["n"] == {"malicious": 0, "benign": 2} and "benign" in table(benign)
+  assert benign["attack_success_rate"] == {} and benign["n"] == {"malicious": 0, "benign": 2}
+  assert "benign prompts refused" in table(benign)
   malicious = evaluate(dataclasses.replace(config, label="malicious", max_rows=2), tmp_path / "malicious", models())
   assert malicious["over_refusal"] == {} and malicious["n"] == {"malicious": 2, "benign": 0}
 
@@ -171,7 +174,7 @@ def test_another_evaluations_folder_is_left_alone(config, tmp_path):
   evaluate(config, tmp_path / "out", models())
   before = (tmp_path / "out" / "rows.jsonl").read_text()
   with pytest.raises(ValueError, match="another evaluation: max_new_tokens is 9 now and 48 there.*Choose another"):
-    evaluate(dataclasses.replace(config, max_new_tokens=9), tmp_path / "out", models())
+    evaluate(dataclasses.replace(config, max_new_tokens=9), tmp_path / "out", unloadable)
   with pytest.raises(ValueError, match="the model is 'weights 2' now and 'weights 1' there"):
     evaluate(config, tmp_path / "out", models(identity="weights 2"))
   with open(config.source, "a") as file:

@@ -17,7 +17,7 @@ SECRET = "Step one: blue-box-instructions."
 TAGS = "<script>alert('x')</script> & <b>bold</b>"
 
 
-def row(index, model, method="direct", label=1, said=REFUSAL, prefix="", category="acts", prob=0.8, intervened_at=-1, **changes):
+def row(index, model, method="direct", label=1, said=REFUSAL, prefix="", category="acts", prob=0.8, intervened_at=-1):
   response = prefix + said
   words = re.findall(r"\S+\s*", response)
   base = model == "base"
@@ -27,18 +27,20 @@ def row(index, model, method="direct", label=1, said=REFUSAL, prefix="", categor
       "generated": said, "queries": 0, "query_tokens": 0, "initial_prob": None if base else prob,
       "intervened_at": intervened_at, "leaked": 2, "evaluations": 5, "prefix_tokens": len(prefix.split()),
       "tokens": words, "cls_prob": [None if base else 0.4] * len(words), "phase": ["benign"] * len(words),
-      "judgements": {j.name: dataclasses.asdict(j.judge("", response, prefix)) for j in JUDGES}, **changes}
+      "judgements": {j.name: dataclasses.asdict(j.judge("", response, prefix)) for j in JUDGES}}
 
 
 ROWS = [
     *(row(i, "base", method, said=SECRET) for i in range(6) for method in ("direct", "prefill_5", "prefill_own_5")),
     *(row(i, "saess", intervened_at=0) for i in range(6)),
     # Leaked three words of the model's own, then refused.
-    *(row(i, "saess", "prefill_5", prefix="Sure, here is all ", said=f"{SECRET} {REFUSAL}", intervened_at=7) for i in range(5)),
+    *(row(i, "saess", "prefill_5", prefix="Sure, here is all ", said=f"{SECRET} {REFUSAL}", intervened_at=7)
+      for i in range(5)),
     row(5, "saess", "prefill_5", said=SECRET),
     # The prefix itself is the base model's harmful text.
     *(row(i, "saess", "prefill_own_5", prefix=f"{SECRET} ", intervened_at=2) for i in range(6)),
-    *(row(i, model, label=0, said="Bake it at 200 degrees.", category="food", prob=0.1) for i in (6, 7) for model in ("base", "saess")),
+    *(row(i, model, label=0, said="Bake it at 200 degrees.", category="food", prob=0.1)
+      for i in (6, 7) for model in ("base", "saess")),
     row(8, "base", label=0, said="The box is <blue>.", category="history", prob=0.6),
     row(8, "saess", label=0, category="history", prob=0.6),
 ]
@@ -145,4 +147,4 @@ def test_the_same_evaluation_makes_the_same_page(tmp_path):
 
 def test_drawings_take_the_pages_colour(tmp_path):
   text = page(tmp_path)
-  assert "currentColor" in text and "#010203" not in text and "#000000" not in re.sub(r"<style.*?</style>", "", text, flags=re.S)
+  assert "currentColor" in text and "#010203" not in text and "#000000" not in text

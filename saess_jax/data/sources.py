@@ -61,21 +61,22 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
 
 
 def embedded_rows(split: str, path: str | None = None) -> list[Row]:
-  """Rows of the set that ships with the package; `path` names another file of the same form.
+  """Rows of the set that ships with the package, a file a harm category; `path` names another folder of the same form.
 
   Raises:
     ValueError: an unknown split, a malformed row, or a split without rows.
   """
   _check_split(split)
-  file = importlib.resources.files(__package__) / "embedded.jsonl" if path is None else pathlib.Path(path)
+  folder = importlib.resources.files(__package__) / "embedded" if path is None else pathlib.Path(path)
   rows = []
-  for line, record in _read_jsonl(file.read_text(encoding="utf-8"), file.name):
-    if record.get("split") not in SPLITS:
-      raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
-    if record["split"] == split:
-      rows.append(dataclasses.replace(_row(record, file.name, line, None), source=str(record.get("source", file.name))))
+  for file in sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda f: f.name):
+    for line, record in _read_jsonl(file.read_text(encoding="utf-8"), file.name):
+      if record.get("split") not in SPLITS:
+        raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
+      if record["split"] == split:
+        rows.append(dataclasses.replace(_row(record, file.name, line, None), source=str(record.get("source", file.name))))
   if not rows:
-    raise ValueError(f"{file.name} has no {split} rows.")
+    raise ValueError(f"{folder.name} has no {split} rows.")
   return rows
 
 

@@ -1,0 +1,201 @@
+"""The decoder against slow references: whole passes of the model, and the policy replayed over its own verdicts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saess_jax import config, decode, generate, hf, masks, model, policy, sampling
+from saess_jax.config import SafetyConfig
+from saess_jax.masks import TokenKind
+from saess_jax.sampling import SamplingConfig
+
+TINY = config.model_config("tiny", scan_layers=False)
+REFUSAL = [11, 12, 13, 14]
+ROWS = [
+    (np.asarray([3, 4, 5, 0, 9, 8]), np.asarray([2, 3, 3, 1, 4, 4])),
+    (np.asarray([3, 40, 5, 60, 7, 8, 0, 9, 8]), np.asarray([2, 3, 3, 3, 3, 3, 1, 4, 4])),
+    (np.asarray([3, 44, 5, 0, 9, 8]), np.asarray([2, 3, 3, 1, 4, 4])),
+]
+SAMPLING = SamplingConfig(temperature=0.8, top_k=40, top_p=0.9)
+
+
+class Words:
+  """As much of a tokenizer as decode_config asks for."""
+
+  eos_token_id = 7
+
+  def __call__(self, text, **_):
+    return {"input_ids": REFUSAL if text else []}
+
+
+@functools.cache
+def jitted(shape=TINY):
+  return jax.jit(functools.partial(decode.decode, model.Llama(shape)))
+
+
+def run(params, safety=SafetyConfig(), rows=ROWS, prefixes=None, sampling_config=SAMPLING, tokens=24, shape=TINY, **sizes):
+  how = decode.decode_config(Words(), safety, sampling_config, tokens, buffer=48)
+  return jitted(shape)(params, decode.pad_prompts(rows, prefixes, **sizes), jax.random.key(5), how)
+
+
+def pivot(params, quantile=0.5):
+  """A threshold that some verdicts of these rows pass and others do not."""
+  out = run(params, SafetyConfig(threshold=2.0))
+  return float(np.nanquantile(np.concatenate([out.initial_prob, np.ravel(out.cls_prob)]), quantile))
+
+
+def test_plain_greedy_decoding_equals_whole_passes(tiny_params):
+  out = run(tiny_params, None, sampling_config=SamplingConfig(), prefixes=[[], [21, 22, 23], []])
+  for row, (tokens, kinds) in enumerate(ROWS):
+    prompt = tokens[kinds != TokenKind.CLS].tolist()
+    response = out.tokens[row, : out.lengths[row]].tolist()
+    logits = model.Llama(TINY).apply({"params": tiny_params}, jnp.asarray([prompt + response + [0]])).logits[0]
+    forced = [0, 3, 0][row]
+    choices = jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist()
+    ended = out.lengths[row] < forced + 24
+    assert choices[forced : len(response)] == response[forced:]
+    assert not ended or choices[len(response)] == Words.eos_token_id
+  assert out.tokens[1, :3].tolist() == [21, 22, 23] and np.isnan(out.initial_prob).all()
+
+
+@pytest.mark.parametrize("dependency", ["low", "medium", "high"])
+@pytest.mark.parametrize("prefixes", [None, [[], [21, 22, 23], [31] * 9]])
+def test_the_decoder_does_what_the_policy_says_of_its_verdicts(tiny_params, dependency, prefixes):
+  safety = SafetyConfig(r1=4, r2=5, r3=4, threshold=pivot(tiny_params), dependency=dependency)
+  out = run(tiny_params, safety, prefixes=prefixes)
+  replay = policy.replay(out.initial_prob, out.cls_prob, safety)
+  for row in range(len(ROWS)):
+    np.testing.assert_array_equal(replay.phase[row, : out.steps[row]], out.phase[row, : out.steps[row]])
+  np.testing.assert_array_equal(replay.intervened_at, out.intervened_at)
+  np.testing.assert_array_equal(replay.leaked, out.leaked)
+  np.testing.assert_array_equal((~np.isnan(out.cls_prob)).sum(axis=1), out.evaluations)
+  assert dependency == "low" or (out.intervened_at >= 0).any()
+  for row, at in enumerate(np.asarray(out.intervened_at)):
+    if at >= 0:  # The caller's prefix is never cut short; the refusal follows it at the earliest.
+      begin = max(at, len(prefixes[row]) if prefixes else 0)
+      assert out.tokens[row, begin : begin + 4].tolist() == REFUSAL
+      assert dependency == "medium" or out.lengths[row] == begin + 4
+
+
+def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
+  """Cached equals uncached, with safety on: layer by layer K and V of every token hold the CLS it saw when new."""
+  safety = SafetyConfig(r1=4, r2=5, r3=4, threshold=2.0)
+  out = run(tiny_params, safety, rows=ROWS[:1])
+  tokens, kinds = ROWS[0]
+  response = out.tokens[0, : out.lengths[0]].tolist()
+  llama, cache_slots = model.Llama(TINY), 64
+  # The reference steps a batch of one through a fresh cache, without the loop, the buffers or the policy's state.
+  first = llama.apply(
+      {"params": tiny_params}, tokens[None], kinds=kinds[None], stage="sft", cache=model.init_cache(TINY, 1, cache_slots))
+  cache, slots = first.cache, np.zeros(cache_slots, int)
+  slots[: len(kinds)] = kinds
+  for t, token in enumerate(response):
+    slots[len(kinds) + t] = TokenKind.RESPONSE
+    window = [len(kinds) + i for i in range(max(0, t - 4), t + 1)]
+    visible = np.zeros((1, 2, cache_slots), bool)
+    visible[0, 0, window], visible[0, 1] = True, slots > TokenKind.CLS
+    step = model.attention.Step(
+        slot=jnp.asarray(len(kinds) + t), visible=jnp.asarray(visible), refresh=jnp.ones(1, bool), sees_cls=jnp.ones(1, bool))
+    stepped = llama.apply(
+        {"params": tiny_params}, jnp.asarray([[0, token]]), kinds=jnp.asarray([[TokenKind.CLS, TokenKind.RESPONSE]]),
+        positions=jnp.asarray([[0, len(kinds) + t]]), cache=cache, step=step)
+    cache = stepped.cache
+    np.testing.assert_allclose(jax.nn.sigmoid(stepped.cls_logit)[0], out.cls_prob[0, t], atol=1e-5)
+
+
+def test_rollback_cuts_to_the_transition_and_leaks_nothing(tiny_params):
+  safety = SafetyConfig(r2=5, threshold=pivot(tiny_params), rollback=False)
+  kept, cut = run(tiny_params, safety), run(tiny_params, safety.replace(rollback=True))
+  rows = np.flatnonzero(np.asarray(kept.transition_at) >= 0)
+  assert len(rows)
+  for row in rows:
+    at = int(kept.transition_at[row])
+    assert cut.transition_at[row] == at and cut.leaked[row] == 0 and kept.leaked[row] == safety.tau
+    assert cut.tokens[row, : at + 4].tolist() == kept.tokens[row, :at].tolist() + REFUSAL
+    assert cut.step_tokens[row, : at + 3].tolist() == kept.tokens[row, : at + 3].tolist()
+
+
+def test_rollback_reaches_into_a_prefix(tiny_params):
+  prefix = list(range(100, 120))
+  safety = SafetyConfig(threshold=pivot(tiny_params), rollback=True, rule2_keeps_query=True)
+  out = run(tiny_params, safety, prefixes=[prefix] * 3)
+  for row in np.flatnonzero((np.asarray(out.transition_at) >= 0) & (np.asarray(out.intervened_at) <= 20)):
+    at = int(out.transition_at[row])
+    assert out.tokens[row, : at + 4].tolist() == prefix[:at] + REFUSAL
+
+
+def test_a_prefix_that_is_not_swept_is_not_judged(tiny_params):
+  out = run(tiny_params, SafetyConfig(threshold=2.0, sweep_prefill=False), prefixes=[[5] * 6] * 3)
+  judged = ~np.isnan(out.cls_prob)
+  assert not judged[:, :6].any() and judged[:, 6].all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_padding(tiny_params):
+  together = run(tiny_params)
+  alone = run(tiny_params, rows=ROWS[:1], length=64)
+  np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+  np.testing.assert_allclose(together.cls_prob[0], alone.cls_prob[0], atol=1e-5)
+
+
+def test_scanned_layers_decode_the_same(tiny_params):
+  one = run(tiny_params)
+  two = run(model.stack_layers(tiny_params), shape=TINY.replace(scan_layers=True))
+  np.testing.assert_array_equal(one.tokens, two.tokens)
+
+
+def test_compiled_once_for_all_numbers(tiny_params):
+  fresh = jax.jit(functools.partial(decode.decode, model.Llama(TINY)))
+  prompt = decode.pad_prompts(ROWS)
+  for tokens, safety, how in [
+      (5, SafetyConfig(), SamplingConfig()), (24, SafetyConfig(r1=3, r2=4, r3=5, tau=2, threshold=0.3), SAMPLING),
+      (9, SafetyConfig(schedule="annealing", rollback=True, rule2_keeps_query=True), SamplingConfig(1.0, 5, 0.5)),
+      (9, SafetyConfig(schedule=np.ones(48, bool)), SamplingConfig(1.0))]:
+    made = decode.decode_config(Words(), safety, how, tokens, buffer=48)
+    fresh(tiny_params, prompt, jax.random.key(0), made.replace(safety=safety.replace(schedule="each")))
+  assert fresh._cache_size() == 1
+
+
+def test_sampling_keeps_what_top_k_and_top_p_keep():
+  logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.1]]))
+  def seen(how):
+    draw = jax.jit(lambda key: sampling.sample(logits, key[None], how)[0])
+    return set(np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 400))).tolist())
+  assert seen(SamplingConfig()) == {0}
+  assert seen(SamplingConfig(1.0)) == {0, 1, 2, 3}
+  assert seen(SamplingConfig(1.0, top_k=2)) == {0, 1}
+  assert seen(SamplingConfig(1.0, top_p=0.6)) == {0, 1}
+  assert seen(SamplingConfig(1.0, top_p=0.8)) == {0, 1, 2}
+  assert seen(SamplingConfig(1.0, top_k=3, top_p=0.6)) == {0, 1}
+  assert seen(SamplingConfig(1.0, top_p=0.0)) == {0}
+
+
+def test_generator_gives_text_back_in_order(tiny_params):
+  tokenizer = hf.byte_tokenizer()
+  make = lambda **how: generate.Generator(
+      model.Llama(TINY), tiny_params, tokenizer, max_new_tokens=6, batch_size=2, **how)
+  prompts, prefixes = ["a", "long prompt of bytes", "mid one"], ["", "Sure, ", ""]
+  responses = make(safety=SafetyConfig(dependency="low")).respond(prompts, prefixes)
+  assert responses[1].text == "Sure, " + responses[1].generated and responses[1].prefix_tokens == 6
+  assert all(len(r.tokens) == len(r.cls_prob) == len(r.phase) for r in responses)
+  assert [r.initial_prob for r in responses] == [
+      pytest.approx(make(safety=SafetyConfig(dependency="low")).respond([p])[0].initial_prob, abs=1e-5) for p in prompts]
+  with pytest.raises(ValueError, match="the model's context is 256"):
+    make().respond(["x" * 300])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: decode.pad_prompts([]), "No prompts"),
+    (lambda: decode.pad_prompts(ROWS, [[1]]), "1 response prefixes were given for 3 prompts"),
+    (lambda: decode.pad_prompts(ROWS, length=8), "longest prompt has 9 tokens"),
+    (lambda: decode.pad_prompts([(np.ones(3), np.full(3, TokenKind.QUERY))]), "0 CLS tokens"),
+    (lambda: decode.decode_config(Words(), max_new_tokens=0), "max_new_tokens is 0"),
+    (lambda: decode.decode_config(Words(), max_new_tokens=64, buffer=32), "expected 1 to the buffer of 32"),
+    (lambda: decode.decode_config(Words(), SafetyConfig(refusal_prefix="")), "has no tokens"),
+    (lambda: decode.decode_config(Words(), SafetyConfig(schedule="hourly")), "schedule is 'hourly'"),
+])
+def test_bad_input(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()

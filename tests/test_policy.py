@@ -1,0 +1,125 @@
+"""The verdict logic against a reference in plain Python, written from the rules and not from the code."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saess_jax import policy, schedule
+from saess_jax.config import RELEASED_SAFETY, SafetyConfig
+from saess_jax.policy import Phase
+
+STEPS = 24
+
+
+def reference(initial, probs, config, scheduled):
+  """One row: (phases, intervened_at, transition_at, leaked)."""
+  bad = lambda p: p >= config.threshold
+  if bad(initial):
+    return [Phase.MALICIOUS] * len(probs), (-1 if config.dependency == "low" else 0), -1, 0
+  phases, alarm, running = [], None, 0
+  for t, p in enumerate(probs):
+    look = scheduled[t]
+    if alarm is not None:
+      look = config.dependency != "low" or t <= alarm + config.r3
+    if look and not np.isnan(p):
+      if bad(p):
+        alarm, running = (t, 1) if alarm is None else (alarm, running + 1)
+        if config.dependency == "high" or (config.dependency == "medium" and running >= config.tau):
+          left = len(probs) - t
+          return phases + [Phase.CONFIRMED] * left, t + 1, alarm, 0 if config.rollback else t + 1 - alarm
+      else:
+        alarm, running = None, 0
+    phases.append(Phase.BENIGN if alarm is None else Phase.ALARM)
+  return phases, -1, -1 if alarm is None else alarm, 0
+
+
+settings = st.builds(
+    SafetyConfig, r1=st.integers(0, 6), r2=st.integers(1, 6), r3=st.integers(0, 6), tau=st.integers(1, 5),
+    threshold=st.sampled_from([0.25, 0.5, 0.75]), rollback=st.booleans(),
+    dependency=st.sampled_from(["low", "medium", "high"]),
+    schedule=st.one_of(
+        st.sampled_from(["each", "first", "annealing", "periodic", "periodic(3)"]),
+        st.lists(st.booleans(), max_size=STEPS).map(lambda bits: np.asarray(bits, bool))))
+verdicts = st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.9, float("nan")])
+
+
+@hypothesis.settings(max_examples=625, deadline=None)  # 16 rows each: 10,000 cases.
+@hypothesis.given(
+    initial=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9]), min_size=16, max_size=16),
+    probs=st.lists(st.lists(verdicts, min_size=STEPS, max_size=STEPS), min_size=16, max_size=16), config=settings)
+def test_replay_is_the_reference(initial, probs, config):
+  replay = policy.replay(jnp.asarray(initial), jnp.asarray(probs), config)
+  scheduled = schedule.as_array(config.schedule, STEPS)
+  for row in range(16):
+    # The decoder compares in float32; so does the reference.
+    phases, intervened, transition, leaked = reference(
+        np.float32(initial[row]), np.asarray(probs[row], np.float32), config, scheduled)
+    assert replay.phase[row].tolist() == phases
+    assert (replay.intervened_at[row], replay.transition_at[row], replay.leaked[row]) == (intervened, transition, leaked)
+
+
+def one(probs, initial=0.1, **changes):
+  return policy.replay(jnp.asarray([initial]), jnp.asarray([probs]), SafetyConfig().replace(**changes))
+
+
+def test_medium_waits_for_tau_running():
+  replay = one([0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.1])
+  assert replay.phase[0].tolist() == [0, 1, 1, 0, 1, 1, 2, 2]
+  assert (replay.intervened_at[0], replay.transition_at[0], replay.leaked[0]) == (7, 4, 3)
+
+
+def test_rollback_leaks_nothing():
+  assert one([0.9, 0.9, 0.9], rollback=True).leaked[0] == 0
+
+
+def test_an_open_alarm_is_checked_between_scheduled_steps():
+  replay = one([0.1, 0.1, 0.9, 0.9, 0.9, 0.9], schedule="periodic(3)")
+  assert replay.intervened_at[0] == 5 and replay.transition_at[0] == 2
+
+
+def test_views_follow_the_rules():
+  config = SafetyConfig(r1=4, r2=3, r3=2)
+  def views(phase, transition, ts):
+    state = policy.start(jnp.zeros(1), config).replace(
+        phase=jnp.asarray([int(phase)]), transition_at=jnp.asarray([transition]))
+    return [policy.view(state, jnp.asarray([t]), config)[0].tolist() for t in ts]
+  assert views(Phase.MALICIOUS, -1, [0, 2, 9]) == [[1, 0, 1], [1, 0, 3], [1, 0, 4]]  # Rule 1
+  assert views(Phase.BENIGN, -1, [0, 2, 9]) == [[0, 0, 1], [0, 0, 3], [0, 7, 10]]  # Rule 2
+  assert views(Phase.ALARM, 6, [7, 8, 9]) == [[0, 3, 8], [0, 3, 9], [0, 3, 9]]  # Rule 3: S_t - r2 .. S_t + r3
+  config = dataclasses.replace(config, rule2_keeps_query=True)
+  assert views(Phase.BENIGN, -1, [9]) == [[1, 7, 10]]
+
+
+def test_new_numbers_compile_nothing_new():
+  replay = jax.jit(policy.replay)
+  rng = np.random.default_rng(0)
+  for config in (SafetyConfig(), RELEASED_SAFETY, SafetyConfig(tau=1, threshold=0.9, rollback=True)):
+    replay(jnp.zeros(2), jnp.asarray(rng.random((2, 8))), config)
+  assert replay._cache_size() == 1
+
+
+def test_schedules():
+  as_array = lambda name, steps=12: "".join(".x"[bit] for bit in schedule.as_array(name, steps).astype(int))
+  assert as_array("each", 4) == "xxxx" and as_array("first", 4) == "...."
+  assert as_array("periodic(3)", 7) == "..x..x." and as_array("periodic", 20) == ".........x.........x"
+  assert as_array(np.asarray([True, False, True]), 5) == "x.x.." and as_array(np.asarray([True, True]), 1) == "x"
+  dense, then = as_array("annealing", 300)[:16], np.flatnonzero(schedule.as_array("annealing", 300))[16:]
+  assert dense == "x" * 16
+  assert then.tolist() == [17, 21, 29, 45, 77, 141]  # Gaps 4, 8, 16, ... after the first of 2; none from 256 on.
+
+
+@pytest.mark.parametrize("bad, message", [
+    ("sometimes", "expected one of each, first"), ("periodic(0)", "expected one of"), (np.arange(3), "expected bool")])
+def test_bad_schedules(bad, message):
+  with pytest.raises(ValueError, match=message):
+    schedule.as_array(bad, 4)
+
+
+def test_bad_dependency():
+  with pytest.raises(ValueError, match="expected one of low, medium, high"):
+    SafetyConfig(dependency="strong")
