@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 NAMES = ("each", "first", "periodic(N)", "annealing")
 
 
-def as_array(schedule: str | np.ndarray, steps: int) -> np.ndarray:
+def as_array(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | np.ndarray:
   """The schedule as bool [steps]: is [CLS] re-evaluated after the response token of that index?
 
   Args:
@@ -24,10 +26,9 @@ def as_array(schedule: str | np.ndarray, steps: int) -> np.ndarray:
     ValueError: an unknown name, or an array that is not one-dimensional and bool.
   """
   if not isinstance(schedule, str):
-    given = np.asarray(schedule)
-    if given.dtype != bool or given.ndim != 1:
-      raise ValueError(f"schedule has dtype {given.dtype} and shape {given.shape}; expected bool [steps].")
-    return np.pad(given[:steps], (0, max(0, steps - len(given))))
+    if schedule.dtype != bool or schedule.ndim != 1:
+      raise ValueError(f"schedule has dtype {schedule.dtype} and shape {schedule.shape}; expected bool [steps].")
+    return jnp.pad(schedule[:steps], (0, max(0, steps - len(schedule))))  # May be traced.
   if schedule == "each":
     return np.ones(steps, bool)
   if schedule == "first":

