@@ -279,8 +279,12 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
       if type(value) is not kind:
         raise ValueError(f"{where} is {value!r}; expected a value of type {kind.__name__}.")
       built[name] = value
+    elif typing.get_origin(kind) is tuple:
+      if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where} is {value!r}; expected a list of values, also for one.")
+      built[name] = tuple(value)
     else:
-      built[name] = tuple(value) if isinstance(value, list) else value
+      built[name] = value
   return cls(**built)
 
 

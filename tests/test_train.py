@@ -1,0 +1,253 @@
+"""Whole runs of the tiny model: sharded as on one device, resumed as undisturbed, stopped before harm is done."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from saess_jax import checkpoint, config as config_lib, decode, model, sharding, train
+from saess_jax.config import (
+    DataConfig, LoraConfig, MeshConfig, OptimizerConfig, ProbeConfig, RolloutConfig, TrainConfig)
+from saess_jax.data import pipeline
+
+ROOT = pathlib.Path(__file__).parent.parent
+ONE = MeshConfig(data=1, fsdp=1, tensor=1)
+
+
+def small_config(data, **changes):
+  defaults = TrainConfig(
+      model="tiny", model_overrides={"vocab_size": 260},
+      data=DataConfig(source=str(data), max_length=128, max_response=12, buckets=(128,), batch_size=8),
+      rollouts=RolloutConfig(tokens=6, batch_size=16), optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+      max_steps=6, eval_every=3, save_every=3)
+  return dataclasses.replace(defaults, **changes)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+  rows = [
+      {"prompt": f"{'bad' if i % 2 else 'good'} request {i}", "response": f"answer {i}", "label": "malicious" if i % 2 else "benign"}
+      for i in range(64)]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  return path
+
+
+def scalars(workdir):
+  """{(tag, step): value} of all TensorBoard events."""
+  found = {}
+  for file in sorted((pathlib.Path(workdir) / "tensorboard").iterdir()):
+    blob, at = file.read_bytes(), 0
+    while at < len(blob):
+      (size,) = struct.unpack("<Q", blob[at : at + 8])
+      event = event_pb2.Event.FromString(blob[at + 12 : at + 12 + size])
+      at += 16 + size
+      found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+  return found
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+  """One undisturbed run on a 2 x 2 x 2 mesh."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = small_config(data, mesh=MeshConfig(2, 2, 2))
+  return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  config, workdir, validated = finished
+  assert {p.name for p in workdir.iterdir()} == {"config.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
+  assert checkpoint.read_config(workdir) == config
+  assert set(validated) == {"lm_loss", "cls_loss", "cls_accuracy", "probe_loss", "probe_accuracy"}
+  seen = scalars(workdir)
+  for tag in ("loss", "lm_loss", "cls_loss", "probe_loss", "cls_accuracy", "grad_norm", "learning_rate"):
+    assert [step for name, step in seen if name == f"train/{tag}"] == [1, 2, 3, 4, 5, 6]
+  assert seen["validation/cls_accuracy", 6] == pytest.approx(validated["cls_accuracy"])
+
+
+def test_resumed_losses_are_bitwise_those_of_an_undisturbed_run(finished, tmp_path):
+  config, workdir, validated = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+  shutil.rmtree(tmp_path / "run" / "tensorboard")
+  assert train.train_and_evaluate(config, tmp_path / "run") == validated
+  resumed, whole = scalars(tmp_path / "run"), scalars(workdir)
+  assert {step for tag, step in resumed if tag == "train/loss"} == {4, 5, 6}
+  assert all(resumed[key] == whole[key] for key in resumed)
+
+
+def test_research_restore_decodes(finished):
+  _, workdir, _ = finished
+  llama, params, tokenizer, settings = checkpoint.load_for_research(workdir)
+  rows = [(np.asarray([5, 6, 0, 7]), np.asarray([2, 3, 1, 4]))]
+  out = decode.decode(
+      llama, params, decode.pad_prompts(rows), jax.random.key(0), decode.decode_config(tokenizer, settings, max_new_tokens=8))
+  assert out.lengths.shape == (1,) and 0 <= out.initial_prob[0] <= 1
+  with pytest.raises(ValueError, match="has no step 4; it has 3, 6"):
+    checkpoint.load_for_research(workdir, step=4)
+
+
+def first_step(config, devices):
+  """Loss, metrics and new trainable weights of one step."""
+  mesh = sharding.make_mesh(config.mesh, devices)
+  shape, base, tokenizer = checkpoint.load_base(config)
+  rows = train.sources.load_split(config.data.source, "train")
+  batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
+  training = train.config_of_training(config, shape)
+  llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
+  with mesh, nn.logical_axis_rules(sharding.RULES):
+    state, places = train.create_state(config, llama, model.stack_layers(base), tx, mesh)
+    # Zero heads and cold starts hide differences: give every [CLS] part and adapter some size first.
+    stir = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape, x.dtype)
+    state = state.replace(trainable=jax.tree_util.tree_map_with_path(stir, state.trainable))
+    step = jax.jit(functools.partial(train.train_step, config, llama, tx), out_shardings=(places, None))
+    state, metrics = step(jax.device_put(state, places), jax.device_put(batch, sharding.batch_sharding(mesh)))
+  return metrics, jax.device_get(state.trainable), state
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)])
+@pytest.mark.parametrize("changes", [
+    {"mesh": MeshConfig(2, 2, 2)}, {"optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=1, accumulation=4)}])
+def test_eight_devices_and_accumulation_update_as_one_device_does(data, changes, lora):
+  # SGD-like Adam steps amplify rounding where a gradient is near zero; eps keeps the comparison about the gradients.
+  one = small_config(data, mesh=ONE, lora=lora)
+  other = dataclasses.replace(one, **changes)
+  many = other.mesh != ONE
+  metrics, trainable, _ = first_step(one, jax.devices()[:1])
+  other_metrics, other_trainable, state = first_step(other, jax.devices() if many else jax.devices()[:1])
+  for name in metrics:
+    np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_trainable, trainable)
+  if many and not lora.rank:
+    kernel = state.trainable["params"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size  # Over fsdp and tensor.
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
+    assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_lora_trains_the_adapter_and_cls_alone(data):
+  _, trainable, state = first_step(small_config(data, mesh=ONE, lora=LoraConfig(rank=4)), jax.devices()[:1])
+  assert set(trainable["params"]) == {"cls_embedding", "cls_head"} and set(trainable["lora"]) == {"layers"}
+  assert not any(name.startswith("cls") for name in state.frozen["params"])
+  assert "frozen" not in state.saved()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path):
+  config = small_config(
+      data, mesh=ONE, save_every=1, eval_every=0, probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False),
+      optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=3, clip_norm=1e30))
+  with pytest.raises(train.Diverged, match=r"At step (\d) the loss is") as error:
+    train.train_and_evaluate(config, tmp_path / "run")
+  failed = int(str(error.value).split()[2])
+  steps = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+  assert steps and steps[-1] == failed - 1 and f"step {failed - 1} in" in str(error.value)
+
+
+def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
+  workdir = tmp_path / "run"
+  file = tmp_path / "config.py"
+  file.write_text(
+      "from saess_jax.config import *\n"
+      "def get_config():\n  return to_config_dict(TrainConfig(model='tiny', model_overrides={'vocab_size': 260}, "
+      f"data=DataConfig(source={str(data)!r}, max_length=128, max_response=12, buckets=(128,), batch_size=8), "
+      "rollouts=RolloutConfig(enabled=False), epochs=1000, eval_every=0, save_every=100000))\n")
+  run = subprocess.Popen(
+      [sys.executable, ROOT / "train.py", "--config", str(file), "--workdir", str(workdir)], cwd=ROOT,
+      env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
+  try:
+    deadline = time.time() + 120
+    while time.time() < deadline and not any((workdir / "tensorboard").glob("*")):
+      time.sleep(0.5)
+    time.sleep(6)  # Into the steps.
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+  finally:
+    run.kill()
+  assert run.returncode == 0, output.decode()[-2000:]
+  saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+  assert len(saved) == 1 and 0 < saved[0] < 7000
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: {"mesh": MeshConfig(3, 1, 1)}, "does not divide the 8 devices"),
+    (lambda c: {"mesh": MeshConfig(-1, -1, 1)}, "at most one of them -1"),
+    (lambda c: {"optimizer": OptimizerConfig(accumulation=3)}, "not divisible by optimizer.accumulation 3"),
+    (lambda c: {"stage": "pretrain"}, "set probes.per_sequence to 0"),
+    (lambda c: {"model": "gpt5"}, "model is 'gpt5'; expected one of tiny"),
+    (lambda c: {"weights": "/nowhere/weights"}, "nowhere"),
+    (lambda c: {"data": dataclasses.replace(c.data, source="/nowhere.jsonl")}, "nowhere.jsonl"),
+    (lambda c: {"data": dataclasses.replace(c.data, max_length=40, buckets=(40,))}, "tokens"),
+    (lambda c: {"data": dataclasses.replace(c.data, buckets=(64,))}, "longest of data.buckets"),
+])
+def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):
+  config = small_config(data)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    train.train_and_evaluate(dataclasses.replace(config, **change(config)), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_one_class_data_is_refused(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "response": "r", "label": "benign"}) for i in range(40)))
+  with pytest.raises(ValueError, match="malicious"):
+    train.train_and_evaluate(small_config(path), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_another_run_s_workdir_is_refused_untouched(finished):
+  config, workdir, _ = finished
+  before = sorted((p, p.stat().st_mtime) for p in workdir.rglob("*"))
+  with pytest.raises(ValueError, match="seed is 1 now and 0 there"):
+    train.train_and_evaluate(dataclasses.replace(config, seed=1), workdir)
+  assert before == sorted((p, p.stat().st_mtime) for p in workdir.rglob("*"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
+  config, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  wider = dataclasses.replace(config, model_overrides={"vocab_size": 260, "mlp_dim": 64})
+  (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(wider)))
+  with pytest.raises(ValueError, match=r"another model: .*mlp.* \(2, 48, 96\) there, and \(2, 48, 64\)"):
+    train.train_and_evaluate(wider, tmp_path / "run")
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"optimiser": {}}, "config.optimiser does not exist.*Did you mean config.optimizer"),
+    ({"data": {"bucket": [1]}}, "config.data.bucket does not exist"),
+    ({"epochs": "three"}, "config.epochs is 'three'; expected a value of type int"),
+    ({"data": {"buckets": 64}}, "config.data.buckets is 64"),
+])
+def test_config_keys_and_types_are_checked(values, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.from_config_dict(TrainConfig, values)
+
+
+def test_config_survives_its_dict():
+  config = TrainConfig(data=DataConfig(buckets=(8, 16)), safety=config_lib.RELEASED_SAFETY)
+  assert config_lib.from_config_dict(TrainConfig, config_lib.to_config_dict(config)) == config
+  assert config_lib.from_config_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_an_axis_that_does_not_divide_is_replicated():
+  shape = config_lib.model_config("smollm2_135m", num_layers=2)
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  boxed = jax.eval_shape(model.Llama(shape).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  places = sharding.shardings(boxed, mesh)
+  attn = places["layers"]["attn"]
+  assert attn["k"]["kernel"].spec == jax.sharding.PartitionSpec(None, "fsdp", None, None)  # 3 kv heads over 2.
+  assert places["embed"]["embedding"].spec == jax.sharding.PartitionSpec("tensor", "fsdp")
