@@ -76,7 +76,10 @@ class Checkpoints:
     keep = checkpoint_managers.preservation_policy
     accuracy = lambda metrics: metrics["cls_accuracy"]
     self.folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
-    self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(), "iterator": ocp.JsonCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=ocp.CheckpointManagerOptions(
         best_fn=accuracy,
         preservation_policy=keep.AnyPreservationPolicy([
             keep.LatestN(keep_last),
