@@ -9,8 +9,10 @@ from ml_collections import config_flags
 from saess_jax import config as config_lib
 from saess_jax import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/; --config.KEY=VALUE overrides.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, rollouts and logs go; an earlier run there is resumed.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File under configs/; --config.KEY=VALUE overrides.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, rollouts and logs go; an earlier run there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

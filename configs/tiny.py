@@ -1,4 +1,6 @@
-"""A random two-layer model with a byte tokenizer: every part of a run in a minute, nothing to download, nothing learned."""
+"""A random two-layer model with a byte tokenizer: every part of a run in a minute,
+nothing to download, nothing learned.
+"""
 
 from saess_jax.config import DataConfig, OptimizerConfig, RolloutConfig, TrainConfig, to_config_dict
 

@@ -4,7 +4,8 @@ The second is the fast path. With [CLS] stored at the boundary (`masks.cls_slot`
 attention, so any flash kernel serves; only the CLS row, and the probes' rows, have a visibility of their own, and
 these few are computed apart. Exact, differentiable, and no S x S mask anywhere.
 
-Axes: B batch, S stored sequence, P probes, Q query rows, T cache slots, N query heads, K kv heads, G = N / K, H head dim.
+Axes: B batch, S stored sequence, P probes, Q query rows, T cache slots, N query heads,
+K kv heads, G = N / K, H head dim.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def rope_angles(positions: jax.Array, config: config_lib.ModelConfig) -> tuple[j
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates x [B, S, N, H], pairing element i with i + H / 2 as Hugging Face does; in float32: bf16 rounds 257 to 256."""
+  """Rotates x [B, S, N, H], pairing element i with i + H / 2 as Hugging Face does;
+  in float32: bf16 rounds 257 to 256.
+  """
   cos, sin = (a[:, :, None] for a in angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

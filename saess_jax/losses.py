@@ -4,8 +4,8 @@ L_lm is the cross-entropy of response tokens, averaged over all response tokens 
 cross-entropy of the [CLS] logit (label 1 = malicious), averaged over its sequences, plus, if there are trajectory
 probes (our addition), that of the probes, averaged over the probes.
 
-Averages over the whole batch also hold under gradient accumulation and on any mesh, because a loss here is a sum divided
-by `Totals` that were counted over the whole batch beforehand.
+Averages over the whole batch also hold under gradient accumulation and on any mesh, because a loss here is a sum
+divided by `Totals` that were counted over the whole batch beforehand.
 
 Axes: B batch, R loss positions, P probes, D embed, V vocab.
 """

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from saess_jax import attention, masks
-from saess_jax.config import ModelConfig, dtype_of
+from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, dtype_of
 
 Params = dict[str, Any]
 
@@ -68,7 +68,9 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-  """Contracts the last `contracted` axes of x with a kernel of shape `shape`, plus a low-rank update if one is given."""
+  """Contracts the last `contracted` axes of x with a kernel of shape `shape`,
+  plus a low-rank update if one is given.
+  """
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
@@ -139,7 +141,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, angles, sight, step):
-    mixed, cache = Attention(self.config, name="attn")(RMSNorm(self.config, name="attn_norm")(x), angles, sight, step, cache)
+    mixed, cache = Attention(self.config, name="attn")(
+        RMSNorm(self.config, name="attn_norm")(x), angles, sight, step, cache)
     x = nn.with_logical_constraint(x + mixed, ("batch", "length", "activation"))
     x += Mlp(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
     return nn.with_logical_constraint(x, ("batch", "length", "activation")), cache
@@ -176,7 +179,8 @@ class Llama(nn.Module):
     c, dtype = self.config, dtype_of(self.config.dtype)
     embedding = self.param(
         "embed", lambda key: {"embedding": nn.with_logical_partitioning(
-            nn.initializers.normal(0.02), ("vocab", "embed"))(key, (c.vocab_size, c.embed_dim), dtype_of(c.param_dtype))}
+            nn.initializers.normal(0.02), ("vocab", "embed"))(
+                key, (c.vocab_size, c.embed_dim), dtype_of(c.param_dtype))}
     )["embedding"]
     cls_embedding = self.param(
         "cls_embedding", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm",)), (c.embed_dim,),
@@ -221,7 +225,8 @@ class Llama(nn.Module):
     size, window = tokens.shape[1], self.config.sliding_window
     if mask is not None:
       if probe_visible is not None:
-        raise ValueError("probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
+        raise ValueError(
+            "probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
       return attention.Sight(mask=mask)
     if kinds is None:
       if window is None or size <= window:
@@ -259,12 +264,16 @@ class Llama(nn.Module):
 
 
 class ClsHead(nn.Module):
-  """One logit in float32: the log-odds of malicious."""
+  """One logit in float32: the log-odds of malicious.
+
+  Not zero at first: from zero, no gradient would reach the layers before the head has grown.
+  """
 
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
     kernel = self.param(
-        "kernel", nn.with_logical_partitioning(nn.initializers.zeros, ("norm", None)), (hidden.shape[-1], 1), jnp.float32)
+        "kernel", nn.with_logical_partitioning(nn.initializers.normal(CLS_HEAD_DEVIATION), ("norm", None)),
+        (hidden.shape[-1], 1), jnp.float32)
     bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,), jnp.float32)
     return (hidden.astype(jnp.float32) @ kernel + bias)[..., 0]
 
@@ -280,7 +289,9 @@ def output_head(params: Params) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
-  """An empty cache of `slots` tokens for `batch` rows, in the form (stacked or per layer) that the model's layers have."""
+  """An empty cache of `slots` tokens for `batch` rows,
+  in the form (stacked or per layer) that the model's layers have.
+  """
   shape, dtype = (batch, slots, config.num_kv_heads, config.head_dim), dtype_of(config.dtype)
   front = (config.num_layers,) if config.scan_layers else ()
   def one():
@@ -305,4 +316,4 @@ def unstack_layers(params: Params) -> Params:
   if "layers" not in params:
     return rest
   count = jax.tree.leaves(params["layers"])[0].shape[0]
-  return rest | {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(count)}
+  return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}

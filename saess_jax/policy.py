@@ -101,7 +101,9 @@ def view(state: PolicyState, t: jax.Array, config: SafetyConfig) -> jax.Array:
   return jnp.stack([sees_query, jnp.maximum(first, 0), jnp.minimum(last, t) + 1], axis=-1).astype(jnp.int32)
 
 
-def update(state: PolicyState, t: jax.Array, prob: jax.Array, evaluated: jax.Array, config: SafetyConfig) -> PolicyState:
+def update(
+    state: PolicyState, t: jax.Array, prob: jax.Array, evaluated: jax.Array, config: SafetyConfig
+) -> PolicyState:
   """The state after the verdict on response token t.
 
   Args:
@@ -142,4 +144,5 @@ def replay(initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig) 
 
   state, phase = jax.lax.scan(
       step, start(jnp.asarray(initial_prob), config), (jnp.arange(steps), jnp.asarray(step_prob).T, scheduled))
-  return Replay(phase=phase.T, intervened_at=state.intervened_at, transition_at=state.transition_at, leaked=state.leaked)
+  return Replay(
+      phase=phase.T, intervened_at=state.intervened_at, transition_at=state.transition_at, leaked=state.leaked)

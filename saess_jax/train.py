@@ -1,8 +1,8 @@
 """The training loop: shapes first, shardings second, arrays last; then steps until the epochs or max_steps are done.
 
 There are two ways to start, and their order matters: (1) the newest checkpoint in the workdir, which restores weights,
-optimizer, rng and data position together, so that a resumed run's losses are those of an undisturbed one; (2) the weights
-that the config names.
+optimizer, rng and data position together, so that a resumed run's losses are those of an undisturbed one; (2) the
+weights that the config names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
-from saess_jax import adapters, checkpoint, losses, masks, model as model_lib, sharding
+from saess_jax import adapters, checkpoint, losses, masks, sharding
+from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
 from saess_jax.data import builder, pipeline, rollouts, sources
 from saess_jax.generate import Generator
@@ -87,7 +88,8 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     return flax.traverse_util.unflatten_dict({path: path[-1] in ("kernel", "embedding", "a", "b") for path in flat})
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
+      optax.adamw(
+          learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -212,11 +214,12 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config)
   workdir = checkpoint.claim_workdir(workdir, config)
   rows = {split: list(builder.load(config.data.source, split, str(workdir / "data"))) for split in rows}
-  if config.data.max_train_rows:
-    rows["train"] = sources.draw_evenly(rows["train"], config.data.max_train_rows // 2, config.seed)
+  limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
+  rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
   known = None
   if config.rollouts.enabled:
-    known = _sample_rollouts(config, workdir, rows["train"] + rows["validation"], shape, base, tokenizer)
+    sampled = sources.draw_evenly(rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed)
+    known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
 
   process, processes = jax.process_index(), jax.process_count()
   loader = pipeline.make_loader(
@@ -229,7 +232,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   model, tx = Llama(training), optimizer(config.optimizer, steps)
   place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
   with mesh, nn.logical_axis_rules(sharding.RULES):
-    state, state_shardings = create_state(config, model, model_lib.stack_layers(base) if training.scan_layers else base, tx, mesh)
+    state, state_shardings = create_state(
+        config, model, model_lib.stack_layers(base) if training.scan_layers else base, tx, mesh)
     del base
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
     state = _resume(manager, state, state_shardings, loader)
@@ -245,12 +249,15 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
   return shape.replace(scan_layers=bool(config.model_overrides.get("scan_layers", True)))
 
 
-def _resume(manager: checkpoint.Checkpoints, state: TrainState, shardings: TrainState, loader: pipeline.Loader) -> TrainState:
+def _resume(
+    manager: checkpoint.Checkpoints, state: TrainState, shardings: TrainState, loader: pipeline.Loader
+) -> TrainState:
   step = manager.latest_step()
   if step is None:
     return state
   abstract = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state.saved(), shardings.saved())
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      state.saved(), shardings.saved())
   saved, iterator = manager.restore(step, abstract)
   loader.set_state(iterator)
   logging.info("Resumed at step %d.", step)

@@ -74,7 +74,8 @@ def test_jaccard_and_containment_by_hand():
 
 def test_main_prints_a_table(tmp_path, capsys):
   path = tmp_path / "a.csv"
-  path.write_text("prompt,label\n" + "".join(f"{row.prompt} {i},{row.label}\n" for i, row in enumerate(make_rows(99, 0))))
+  path.write_text(
+      "prompt,label\n" + "".join(f"{row.prompt} {i},{row.label}\n" for i, row in enumerate(make_rows(99, 0))))
   checks.main(["--source", str(path)])
   printed = capsys.readouterr().out
   assert "words" in printed and "form" in printed and "near duplicates across splits" in printed

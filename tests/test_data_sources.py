@@ -58,7 +58,8 @@ def test_label_words(tmp_path, word, label):
 
 
 def test_json_numbers_and_byte_order_mark(tmp_path):
-  path = write(tmp_path / "a.jsonl", '\ufeff{"prompt": "line\u2028separator", "label": 1}\n{"prompt": "q", "label": false}')
+  path = write(
+      tmp_path / "a.jsonl", '\ufeff{"prompt": "line\u2028separator", "label": 1}\n{"prompt": "q", "label": false}')
   assert [row.label for row in sources.read_rows(path)] == [1, 0]
 
 
@@ -110,8 +111,8 @@ def test_two_classes():
 
 def embedded_folder(tmp_path, splits=("train", "validation", "test", "train")):
   records = [
-      {"prompt": f"p{i}", "response": "r", "label": ("malicious", "benign")[i % 2], "category": "c", "source": "written",
-       "idea": f"c-{i}", "form": "question", "split": split} for i, split in enumerate(splits)]
+      {"prompt": f"p{i}", "response": "r", "label": ("malicious", "benign")[i % 2], "category": "c",
+       "source": "written", "idea": f"c-{i}", "form": "question", "split": split} for i, split in enumerate(splits)]
   folder = tmp_path / "_".join(splits)
   folder.mkdir(exist_ok=True)
   write(folder / "embedded.jsonl", "\n".join(map(json.dumps, records)))

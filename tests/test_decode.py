@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saess_jax import config, decode, generate, hf, masks, model, policy, sampling
+from saess_jax import config, decode, generate, hf, model, policy, sampling
 from saess_jax.config import SafetyConfig
 from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
@@ -36,7 +36,9 @@ def jitted(shape=TINY):
   return jax.jit(functools.partial(decode.decode, model.Llama(shape)))
 
 
-def run(params, safety=SafetyConfig(), rows=ROWS, prefixes=None, sampling_config=SAMPLING, tokens=24, shape=TINY, **sizes):
+def run(
+    params, safety=SafetyConfig(), rows=ROWS, prefixes=None, sampling_config=SAMPLING, tokens=24, shape=TINY, **sizes
+):
   how = decode.decode_config(Words(), safety, sampling_config, tokens, buffer=48)
   return jitted(shape)(params, decode.pad_prompts(rows, prefixes, **sizes), jax.random.key(5), how)
 
@@ -89,7 +91,8 @@ def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
   llama, cache_slots = model.Llama(TINY), 64
   # The reference steps a batch of one through a fresh cache, without the loop, the buffers or the policy's state.
   first = llama.apply(
-      {"params": tiny_params}, tokens[None], kinds=kinds[None], stage="sft", cache=model.init_cache(TINY, 1, cache_slots))
+      {"params": tiny_params}, tokens[None], kinds=kinds[None], stage="sft",
+      cache=model.init_cache(TINY, 1, cache_slots))
   cache, slots = first.cache, np.zeros(cache_slots, int)
   slots[: len(kinds)] = kinds
   for t, token in enumerate(response):
@@ -98,7 +101,8 @@ def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
     visible = np.zeros((1, 2, cache_slots), bool)
     visible[0, 0, window], visible[0, 1] = True, slots > TokenKind.CLS
     step = model.attention.Step(
-        slot=jnp.asarray(len(kinds) + t), visible=jnp.asarray(visible), refresh=jnp.ones(1, bool), sees_cls=jnp.ones(1, bool))
+        slot=jnp.asarray(len(kinds) + t), visible=jnp.asarray(visible), refresh=jnp.ones(1, bool),
+        sees_cls=jnp.ones(1, bool))
     stepped = llama.apply(
         {"params": tiny_params}, jnp.asarray([[0, token]]), kinds=jnp.asarray([[TokenKind.CLS, TokenKind.RESPONSE]]),
         positions=jnp.asarray([[0, len(kinds) + t]]), cache=cache, step=step)
@@ -181,7 +185,8 @@ def test_generator_gives_text_back_in_order(tiny_params):
   assert responses[1].text == "Sure, " + responses[1].generated and responses[1].prefix_tokens == 6
   assert all(len(r.tokens) == len(r.cls_prob) == len(r.phase) for r in responses)
   assert [r.initial_prob for r in responses] == [
-      pytest.approx(make(safety=SafetyConfig(dependency="low")).respond([p])[0].initial_prob, abs=1e-5) for p in prompts]
+      pytest.approx(make(safety=SafetyConfig(dependency="low")).respond([p])[0].initial_prob, abs=1e-5)
+      for p in prompts]
   with pytest.raises(ValueError, match="the model's context is 256"):
     make().respond(["x" * 300])
 

@@ -43,7 +43,8 @@ def test_fast_path_equals_dense_mask_in_values_and_gradients(tiny_params, stage,
     return jnp.sum(jnp.where(real, out.logits * weight, 0)) + jnp.sum(out.cls_logit * 50), (out.logits, out.cls_logit)
 
   (_, fast), fast_grads = jax.value_and_grad(loss, has_aux=True)(params, stage=stage)
-  (_, dense), dense_grads = jax.value_and_grad(loss, has_aux=True)(params, mask=masks.attention_mask(kinds, stage, sees))
+  (_, dense), dense_grads = jax.value_and_grad(loss, has_aux=True)(
+      params, mask=masks.attention_mask(kinds, stage, sees))
   np.testing.assert_allclose(jnp.where(real, fast[0], 0), jnp.where(real, dense[0], 0), atol=1e-5)
   np.testing.assert_allclose(fast[1], dense[1], atol=1e-5)
   jax.tree.map(lambda f, d: np.testing.assert_allclose(f, d, atol=2e-4, rtol=1e-4), fast_grads, dense_grads)
@@ -54,7 +55,8 @@ def test_fast_path_with_the_released_code_s_visibility(tiny_params, who):
   label = jnp.asarray([True, False])
   mask = masks.attention_mask(SFT_KINDS, "sft", cls_sees_response=who, malicious=label)
   visible = masks.cls_visibility(SFT_KINDS, "sft", who, label)
-  fast, dense = apply(tiny_params, kinds=SFT_KINDS, stage="sft", cls_visible=visible), apply(tiny_params, kinds=SFT_KINDS, mask=mask)
+  fast = apply(tiny_params, kinds=SFT_KINDS, stage="sft", cls_visible=visible)
+  dense = apply(tiny_params, kinds=SFT_KINDS, mask=mask)
   np.testing.assert_allclose(fast.cls_logit, dense.cls_logit, atol=1e-5)
   assert jnp.abs(fast.cls_logit - apply(tiny_params, kinds=SFT_KINDS, stage="sft").cls_logit)[0] > 1e-3
 
@@ -83,7 +85,7 @@ def test_causality_by_gradient(tiny_params):
   kinds = jnp.asarray([[A, Q, Q, C, H, R, R, R]])
   for slot in (1, 2, 4, 6):
     weight = jax.random.normal(jax.random.key(slot), (TINY.embed_dim,))
-    moved = _influence(tiny_params, kinds, "sft", lambda out: out.hidden[0, slot] @ weight)
+    moved = _influence(tiny_params, kinds, "sft", lambda out, slot=slot, weight=weight: out.hidden[0, slot] @ weight)
     before = np.asarray([j <= slot and kinds[0, j] != C for j in range(8)])
     assert (moved[before] > 1e-6).all() and (moved[~before] == 0).all()
 
@@ -124,7 +126,8 @@ def test_probes_equal_a_cls_of_that_view_and_are_seen_by_nobody(tiny_params):
 
 def test_scanned_and_unrolled_layers_agree(tiny_params):
   stacked = model.stack_layers(tiny_params)
-  np.testing.assert_allclose(apply(stacked, TINY.replace(scan_layers=True)).logits, apply(tiny_params).logits, atol=1e-5)
+  np.testing.assert_allclose(
+      apply(stacked, TINY.replace(scan_layers=True)).logits, apply(tiny_params).logits, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), tiny_params)
 
 
@@ -180,7 +183,8 @@ def test_lora_starts_as_nothing_and_merges_into_the_weights(tiny_params, scan):
 
 @pytest.mark.parametrize("how, message", [
     ({"kinds": SFT_KINDS}, "neither stage"),
-    ({"kinds": SFT_KINDS, "mask": jnp.ones((2, 12, 12), bool), "probe_visible": jnp.ones((2, 1, 12), bool)}, "fast path"),
+    ({"kinds": SFT_KINDS, "mask": jnp.ones((2, 12, 12), bool), "probe_visible": jnp.ones((2, 1, 12), bool)},
+     "fast path"),
     ({"kinds": SFT_KINDS, "stage": "rlhf"}, "stage is 'rlhf'"),
 ])
 def test_bad_input(tiny_params, how, message):

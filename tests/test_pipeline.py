@@ -1,4 +1,6 @@
-"""Examples, probes and batches: what carries loss, what probes see, and that the stream is a function of (seed, step)."""
+"""Examples, probes and batches: what carries loss, what probes see,
+and that the stream is a function of (seed, step).
+"""
 
 import dataclasses
 import itertools

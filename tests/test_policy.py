@@ -63,7 +63,8 @@ def test_replay_is_the_reference(initial, probs, config):
     phases, intervened, transition, leaked = reference(
         np.float32(initial[row]), np.asarray(probs[row], np.float32), config, scheduled)
     assert replay.phase[row].tolist() == phases
-    assert (replay.intervened_at[row], replay.transition_at[row], replay.leaked[row]) == (intervened, transition, leaked)
+    assert (replay.intervened_at[row], replay.transition_at[row], replay.leaked[row]) == (
+        intervened, transition, leaked)
 
 
 def one(probs, initial=0.1, **changes):

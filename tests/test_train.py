@@ -19,9 +19,17 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import checkpoint, config as config_lib, decode, model, sharding, train
+from saess_jax import checkpoint, decode, model, sharding, train
+from saess_jax import config as config_lib
 from saess_jax.config import (
-    DataConfig, LoraConfig, MeshConfig, OptimizerConfig, ProbeConfig, RolloutConfig, TrainConfig)
+  DataConfig,
+  LoraConfig,
+  MeshConfig,
+  OptimizerConfig,
+  ProbeConfig,
+  RolloutConfig,
+  TrainConfig,
+)
 from saess_jax.data import pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,7 +49,8 @@ def small_config(data, **changes):
 def data(tmp_path_factory):
   path = tmp_path_factory.mktemp("data") / "rows.jsonl"
   rows = [
-      {"prompt": f"{'bad' if i % 2 else 'good'} request {i}", "response": f"answer {i}", "label": "malicious" if i % 2 else "benign"}
+      {"prompt": f"{'bad' if i % 2 else 'good'} request {i}", "response": f"answer {i}",
+       "label": "malicious" if i % 2 else "benign"}
       for i in range(64)]
   path.write_text("\n".join(map(json.dumps, rows)))
   return path
@@ -96,7 +105,8 @@ def test_research_restore_decodes(finished):
   llama, params, tokenizer, settings = checkpoint.load_for_research(workdir)
   rows = [(np.asarray([5, 6, 0, 7]), np.asarray([2, 3, 1, 4]))]
   out = decode.decode(
-      llama, params, decode.pad_prompts(rows), jax.random.key(0), decode.decode_config(tokenizer, settings, max_new_tokens=8))
+      llama, params, decode.pad_prompts(rows), jax.random.key(0),
+      decode.decode_config(tokenizer, settings, max_new_tokens=8))
   assert out.lengths.shape == (1,) and 0 <= out.initial_prob[0] <= 1
   with pytest.raises(ValueError, match="has no step 4; it has 3, 6"):
     checkpoint.load_for_research(workdir, step=4)
@@ -120,20 +130,17 @@ def first_step(config, devices):
   return metrics, jax.device_get(state.trainable), state
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)])
-@pytest.mark.parametrize("changes", [
-    {"mesh": MeshConfig(2, 2, 2)}, {"optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=1, accumulation=4)}])
-def test_eight_devices_and_accumulation_update_as_one_device_does(data, changes, lora):
-  # SGD-like Adam steps amplify rounding where a gradient is near zero; eps keeps the comparison about the gradients.
+@pytest.mark.parametrize("lora, accumulation", [(LoraConfig(), 1), (LoraConfig(rank=4), 2)])
+def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, accumulation):
   one = small_config(data, mesh=ONE, lora=lora)
-  other = dataclasses.replace(one, **changes)
-  many = other.mesh != ONE
+  other = dataclasses.replace(
+      one, mesh=MeshConfig(2, 2, 2), optimizer=dataclasses.replace(one.optimizer, accumulation=accumulation))
   metrics, trainable, _ = first_step(one, jax.devices()[:1])
-  other_metrics, other_trainable, state = first_step(other, jax.devices() if many else jax.devices()[:1])
+  other_metrics, other_trainable, state = first_step(other, jax.devices())
   for name in metrics:
     np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_trainable, trainable)
-  if many and not lora.rank:
+  if not lora.rank:
     kernel = state.trainable["params"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size  # Over fsdp and tensor.
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
@@ -149,7 +156,7 @@ def test_lora_trains_the_adapter_and_cls_alone(data):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path):
   config = small_config(
-      data, mesh=ONE, save_every=1, eval_every=0, probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False),
+      data, save_every=1, eval_every=0, probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False),
       optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=3, clip_norm=1e30))
   with pytest.raises(train.Diverged, match=r"At step (\d) the loss is") as error:
     train.train_and_evaluate(config, tmp_path / "run")
@@ -191,8 +198,8 @@ def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
     (lambda c: {"model": "gpt5"}, "model is 'gpt5'; expected one of tiny"),
     (lambda c: {"weights": "/nowhere/weights"}, "nowhere"),
     (lambda c: {"data": dataclasses.replace(c.data, source="/nowhere.jsonl")}, "nowhere.jsonl"),
-    (lambda c: {"data": dataclasses.replace(c.data, max_length=40, buckets=(40,))}, "tokens"),
-    (lambda c: {"data": dataclasses.replace(c.data, buckets=(64,))}, "longest of data.buckets"),
+    (lambda c: {"data": dataclasses.replace(c.data, max_length=30, buckets=(30,))}, "tokens"),
+    (lambda c: {"data": dataclasses.replace(c.data, buckets=(40,))}, "longest of data.buckets"),
 ])
 def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):
   config = small_config(data)
@@ -222,7 +229,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
   shutil.copytree(workdir, tmp_path / "run")
   wider = dataclasses.replace(config, model_overrides={"vocab_size": 260, "mlp_dim": 64})
   (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(wider)))
-  with pytest.raises(ValueError, match=r"another model: .*mlp.* \(2, 48, 96\) there, and \(2, 48, 64\)"):
+  with pytest.raises(ValueError, match=r"another model: .*mlp/down/kernel is \(2, 96, 48\) there, and \(2, 64, 48\)"):
     train.train_and_evaluate(wider, tmp_path / "run")
 
 

@@ -160,7 +160,10 @@ def _special_words(tokenizer) -> list[str]:
 
 
 def _encode_at_once(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
-  """Ids, and for each whether it holds a character of a span. Exact also where a tokenizer marks word starts (Llama)."""
+  """Ids, and for each whether it holds a character of a span.
+
+  Exact also where a tokenizer marks word starts (Llama).
+  """
   encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
   starts, stops = np.asarray(encoding.offset_mapping).T
   starts = np.minimum(starts, stops - 1)  # Byte-level tokenizers may report a token of white space as empty.

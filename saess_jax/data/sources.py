@@ -74,7 +74,8 @@ def embedded_rows(split: str, path: str | None = None) -> list[Row]:
       if record.get("split") not in SPLITS:
         raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
       if record["split"] == split:
-        rows.append(dataclasses.replace(_row(record, file.name, line, None), source=str(record.get("source", file.name))))
+        rows.append(dataclasses.replace(
+            _row(record, file.name, line, None), source=str(record.get("source", file.name))))
   if not rows:
     raise ValueError(f"{folder.name} has no {split} rows.")
   return rows
