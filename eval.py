@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from saess_jax import config as config_lib
@@ -19,6 +19,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/ that returns an EvalConfig; --config.KEY=VALUE overrides.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; an interrupted evaluation there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
+flags.FLAGS.set_default("verbosity", logging.WARNING)  # Checkpointing alone says hundreds of lines of info.
 
 
 def main(argv: list[str]) -> None:

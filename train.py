@@ -3,7 +3,7 @@
 Kept short: the logic is in saess_jax/train.py, to be imported and tested.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from saess_jax import config as config_lib
@@ -14,6 +14,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, rollouts and logs go; an earlier run there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
+flags.FLAGS.set_default("verbosity", logging.WARNING)  # Checkpointing alone says hundreds of lines of info.
 
 
 def main(argv):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ class Response:
 
   Attributes:
     text: the whole response, the caller's prefix included.
-    generated: what follows the caller's prefix.
+    generated: what follows the caller's prefix, or what rollback left of it.
     tokens: its pieces as text, one a decoding step (what rollback cut is among them).
     cls_prob: P(malicious) after each of them, NaN where [CLS] was not evaluated.
     phase: name of `policy.Phase` after each.
@@ -114,16 +115,17 @@ class Generator:
     root = jax.random.key(self._seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray([*indices, *indices[:1] * fill]))
     result = jax.device_get(self._decode(self._params, prompt, keys, config))
-    return [self._read(result, row, len(forced[row])) for row in range(len(rows))]
+    return [self._read(result, row, forced[row]) for row in range(len(rows))]
 
-  def _read(self, result: decode_lib.DecodeResult, row: int, prefix: int) -> Response:
+  def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int]) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
-    ended = len(tokens) < prefix + self._max_new_tokens
+    ended = len(tokens) < len(prefix) + self._max_new_tokens
+    stands = len(os.path.commonprefix([tokens.tolist(), prefix]))  # Rollback may have cut into the prefix.
     return Response(
-        text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[prefix:]),
+        text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[stands:]),
         tokens=[self.tokenizer.decode([token]) for token in result.step_tokens[row, :steps]],
         cls_prob=[float(p) for p in result.cls_prob[row, :steps]],
         phase=[Phase(p).name.lower() for p in result.phase[row, :steps]],
         initial_prob=float(result.initial_prob[row]), intervened_at=int(result.intervened_at[row]),
-        leaked=int(result.leaked[row]), evaluations=int(result.evaluations[row]), prefix_tokens=prefix,
+        leaked=int(result.leaked[row]), evaluations=int(result.evaluations[row]), prefix_tokens=len(prefix),
         ids=tokens.tolist() + [self.tokenizer.eos_token_id] * ended)

@@ -260,7 +260,7 @@ def _resume(
       state.saved(), shardings.saved())
   saved, iterator = manager.restore(step, abstract)
   loader.set_state(iterator)
-  logging.info("Resumed at step %d.", step)
+  print(f"Resuming at step {step}.")
   return state.replace(**saved)
 
 

@@ -1,5 +1,6 @@
 """The TFDS builder: round trip, identity of changed files, nothing written for bad ones."""
 
+import hashlib
 import sys
 
 import pytest
@@ -61,8 +62,14 @@ def test_split_without_rows(tmp_path):
     builder.load(str(path), "dev", str(tmp_path / "data"))
 
 
-def test_embedded(tmp_path, monkeypatch):
-  rows = {split: [sources.Row(f"{split} {i}", "r", i, "c", "s") for i in (0, 1)] for split in sources.SPLITS}
-  monkeypatch.setattr(sources, "embedded_rows", rows.__getitem__)
-  assert builder.config_for("embedded").name.startswith("embedded-")
-  assert list(builder.load("embedded", "test", str(tmp_path))) == rows["test"]
+def test_embedded(tmp_path):
+  made = builder.SafetyPrompts(config="embedded", data_dir=str(tmp_path), file_format="array_record")
+  made.download_and_prepare()
+  assert len(made.as_data_source("test")) == len(sources.embedded_rows("test"))
+  assert list(builder.load("embedded", "validation", str(tmp_path))) == sources.embedded_rows("validation")
+
+
+def test_the_version_is_raised_with_the_embedded_rows():
+  rows = {split: sources.embedded_rows(split) for split in sources.SPLITS}
+  digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+  assert (str(builder.SafetyPrompts.VERSION), digest) == ("1.0.0", "3f9fc16ac1987523")

@@ -82,3 +82,19 @@ def test_main_prints_a_table(tmp_path, capsys):
   path.write_text("prompt,label\n" + "".join(f"p {i},1\n" for i in range(99)))
   with pytest.raises(ValueError, match="has 0 benign"):
     checks.main(["--source", str(path)])
+
+
+def test_the_embedded_set_keeps_its_promises():
+  """docs/data.md in numbers: size, breadth, balance, and no shortcut from the training to the test split."""
+  rows = {split: sources.embedded_rows(split) for split in sources.SPLITS}
+  everything = [row for part in rows.values() for row in part]
+  for label in (0, 1):
+    assert sum(row.label == label for row in everything) >= 700
+    assert len({row.category for row in everything if row.label == label}) >= 10
+  assert sum(row.source == "embedded/lookalike" for row in everything) >= 150
+  assert len({row.prompt for row in everything}) == len(everything)
+  refusals = [row.response for row in everything if row.label]
+  assert all(10 <= len(text.split()) <= 60 for text in refusals) and len(set(refusals)) == len(refusals)
+  assert checks.bag_of_words_accuracy(rows["train"], rows["test"]) < 0.75
+  assert checks.form_accuracy(rows["train"], rows["test"]) < 0.60
+  assert not checks.near_duplicates(rows["train"] + rows["validation"], rows["test"])

@@ -16,30 +16,33 @@ DATA_DIR = os.path.join("~", ".cache", "saess_jax", "datasets")
 
 @dataclasses.dataclass(eq=False)
 class SafetyPromptsConfig(tfds.core.BuilderConfig):
-  """Made by `config_for`. The name carries a hash of the rows, so that a changed file is another data set."""
+  """`EMBEDDED`, or user files by `config_for`. Without rows of its own it stands for the embedded set."""
 
   rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict, repr=False)  # By split.
 
 
-def config_for(source: str) -> SafetyPromptsConfig:
-  """The config "embedded-HASH" or "files-HASH" of a `source` of `sources.load_split`.
+EMBEDDED = SafetyPromptsConfig(name="embedded", description="The contrast sets that ship with the package.")
 
-  All rows are read and checked here, so that a bad one raises (ValueError, FileNotFoundError) before any is written.
-  A split of a small file may have no rows; it is then left out.
+
+def config_for(source: str) -> SafetyPromptsConfig:
+  """The config of a `source` of `sources.load_split`: "embedded", or "files-HASH" of user files.
+
+  The hash is of the rows, so that a changed file is another data set. All rows are read and checked here: a bad one
+  raises (ValueError, FileNotFoundError) before any is written. A split of a small file may have no rows; it is then
+  left out.
   """
-  if source == "embedded":
-    rows = {split: sources.embedded_rows(split) for split in sources.SPLITS}
-  else:
-    rows = sources.split_rows(sources.read_rows(source))
+  if source == EMBEDDED.name:
+    return EMBEDDED
+  rows = sources.split_rows(sources.read_rows(source))
   digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-  kind = "embedded" if source == "embedded" else "files"
-  return SafetyPromptsConfig(name=f"{kind}-{digest}", description=source, rows=rows)
+  return SafetyPromptsConfig(name=f"files-{digest}", description=source, rows=rows)
 
 
 class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
   """Prompts labelled benign or malicious, with the response to train on."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.0.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
+  BUILDER_CONFIGS = [EMBEDDED]
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -56,7 +59,8 @@ class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing is downloaded.
-    return {split: self._generate_examples(rows) for split, rows in self.builder_config.rows.items()}
+    rows = self.builder_config.rows or {split: sources.embedded_rows(split) for split in sources.SPLITS}
+    return {split: self._generate_examples(rows) for split, rows in rows.items()}
 
   def _generate_examples(self, rows: list[sources.Row]) -> Iterator[tuple[int, dict]]:
     for index, row in enumerate(rows):
@@ -85,8 +89,9 @@ def load(source: str, split: str, data_dir: str = DATA_DIR) -> Sequence[sources.
     FileNotFoundError, ValueError: from `sources`; or a split that has no rows.
   """
   config = config_for(source)
-  if split not in config.rows:
-    raise ValueError(f"{source} has no split {split!r} with rows; it has {', '.join(config.rows)}.")
+  splits = config.rows or sources.SPLITS
+  if split not in splits:
+    raise ValueError(f"{source} has no split {split!r} with rows; it has {', '.join(splits)}.")
   builder = SafetyPrompts(config=config, data_dir=os.path.expanduser(data_dir), file_format="array_record")
   builder.download_and_prepare()
   return _Rows(builder.as_data_source(split))
