@@ -1,0 +1,38 @@
+"""Every file under configs/ builds the dataclass it is for, and a mistyped override is refused by name."""
+
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from saess_jax import train
+from saess_jax.config import EvalConfig, TrainConfig, from_config_dict, to_config_dict
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_config_file(path):
+  values = runpy.run_path(str(path))["get_config"]()
+  kind = EvalConfig if path.stem.startswith("eval") else TrainConfig
+  config = from_config_dict(kind, values)
+  assert to_config_dict(config) == values
+  if kind is TrainConfig:
+    train.check(config)
+
+
+@pytest.mark.parametrize("main, flags, message", [
+    ("train.py", ["--config", "configs/tiny.py", "--config.optimizer.learning_rat=1"], "learning_rat"),
+    ("train.py", ["--config", "configs/tiny.py", "--config.mesh.data=3"], "does not divide the 1 devices"),
+    ("eval.py", ["--config", "configs/eval_embedded.py"], "checkpoint is empty"),
+    ("eval.py", ["--config", "configs/eval_embedded.py", "--config.checkpoint=/nowhere"], "nowhere"),
+])
+def test_the_command_line_refuses_and_writes_nothing(tmp_path, main, flags, message):
+  run = subprocess.run(
+      [sys.executable, ROOT / main, *flags, "--workdir", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True,
+      env=os.environ | {"XLA_FLAGS": ""}, timeout=120)
+  assert run.returncode != 0 and message in run.stderr
+  assert not (tmp_path / "run").exists()
