@@ -19,10 +19,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/ that returns an EvalConfig; --config.KEY=VALUE overrides.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; an interrupted evaluation there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # Checkpointing alone says hundreds of lines of info.
 
 
 def main(argv: list[str]) -> None:
+  if logging.get_verbosity() == logging.INFO:  # app.run's default; checkpointing alone says hundreds of lines of it.
+    logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
   metrics = evaluate.evaluate(config_lib.from_config_dict(config_lib.EvalConfig, _CONFIG.value), _WORKDIR.value)

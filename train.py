@@ -14,10 +14,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, rollouts and logs go; an earlier run there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # Checkpointing alone says hundreds of lines of info.
 
 
 def main(argv):
+  if logging.get_verbosity() == logging.INFO:  # app.run's default; checkpointing alone says hundreds of lines of it.
+    logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}; settings are given as --config.KEY=VALUE.")
   train.train_and_evaluate(config_lib.from_config_dict(config_lib.TrainConfig, _CONFIG.value), _WORKDIR.value)
