@@ -15,6 +15,7 @@ import json
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -35,10 +36,10 @@ def claim_workdir(workdir: str | pathlib.Path, config: TrainConfig) -> pathlib.P
   workdir = pathlib.Path(workdir).expanduser().absolute()
   path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
   if path.exists():
-    theirs = json.loads(path.read_text())
+    ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
     different = [
-        f"{key} is {_flat(mine).get(key)!r} now and {_flat(theirs).get(key)!r} there"
-        for key in sorted(_flat(mine).keys() | _flat(theirs).keys()) if _flat(mine).get(key) != _flat(theirs).get(key)]
+        f"{key} is {ours.get(key)!r} now and {theirs.get(key)!r} there"
+        for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if different:
       raise ValueError(
           f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
@@ -157,7 +158,7 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
     shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
     tokens = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.jit(model_lib.Llama(shape).init)(jax.random.key(config.seed), tokens)
-    return shape, model_lib.nn.unbox(boxed["params"]), hf.byte_tokenizer()
+    return shape, nn.unbox(boxed["params"]), hf.byte_tokenizer()
   loaded = hf.load_pretrained(config.weights, dtype)
   shape = loaded.config.replace(**overrides)
   if config.model:
