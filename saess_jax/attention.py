@@ -56,7 +56,7 @@ class LayerCache:
   CLS lives apart from the slots: it is rewritten while tokens are appended, and a row's tokens see its latest state.
 
   Attributes:
-    k, v: [B, T, K, H].
+    k, v: [B, K, T, H]: heads before slots, the order in which attention reads them.
     cls_k, cls_v: [B, K, H].
   """
 
@@ -99,23 +99,23 @@ def attend_rows(
   That further key is what a [CLS] row has and its neighbours must not see: itself.
 
   Args:
-    q: [B, Q, N, H]; k, v: [B, T, K, H]; visible: bool [B, Q, T].
+    q: [B, Q, N, H]; k, v: [B, K, T, H]; visible: bool [B, Q, T].
     own_k, own_v: [B, Q, K, H]; own_visible: bool [B, Q], None for everywhere.
 
   Returns:
     [B, Q, N, H] in q's dtype; the softmax is float32.
   """
   batch, rows, heads, dim = q.shape
-  grouped = q.reshape(batch, rows, k.shape[2], -1, dim)
-  scores = jnp.einsum("BQKGH,BTKH->BKGQT", grouped, k, preferred_element_type=jnp.float32)
-  own = jnp.einsum("BQKGH,BQKH->BKGQ", grouped, own_k, preferred_element_type=jnp.float32)[..., None]
+  grouped = q.reshape(batch, rows, k.shape[1], -1, dim)
+  scores = jnp.einsum("BQKGH,BKTH->BKGQT", grouped, k, preferred_element_type=jnp.float32)
+  own = jnp.sum(grouped.astype(jnp.float32) * own_k.astype(jnp.float32)[:, :, :, None], axis=-1)
+  scores = jnp.concatenate([scores, jnp.transpose(own, (0, 2, 3, 1))[..., None]], axis=-1) * dim**-0.5
   if own_visible is None:
     own_visible = jnp.ones((batch, rows), bool)
   seen = jnp.concatenate([visible, own_visible[..., None]], axis=-1)[:, None, None]
-  scores = jnp.concatenate([scores, own], axis=-1) * dim**-0.5
   weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(q.dtype)
-  out = jnp.einsum("BKGQT,BTKH->BQKGH", weights[..., :-1], v)
-  out += jnp.einsum("BKGQ,BQKH->BQKGH", weights[..., -1], own_v)
+  out = jnp.einsum("BKGQT,BKTH->BQKGH", weights[..., :-1], v)
+  out += jnp.transpose(weights[..., -1], (0, 3, 1, 2))[..., None] * own_v[:, :, :, None]
   return out.reshape(batch, rows, heads, dim)
 
 
@@ -138,7 +138,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
   batch = jnp.arange(q.shape[0])
   has_cls, index = sight.cls_index >= 0, jnp.maximum(sight.cls_index, 0)
   rows = [jnp.concatenate([x[batch, index][:, None], x[:, size:]], axis=1) for x in (q, k, v)]
-  apart = attend_rows(rows[0], k[:, :size], v[:, :size], sight.rows, rows[1], rows[2])
+  heads_first = (jnp.moveaxis(x[:, :size], 2, 1) for x in (k, v))
+  apart = attend_rows(rows[0], *heads_first, sight.rows, rows[1], rows[2])
   cls = jnp.where(has_cls[:, None, None], apart[:, 0], trunk[batch, index])
   return jnp.concatenate([trunk.at[batch, index].set(cls), apart[:, 1:]], axis=1)
 
@@ -162,8 +163,8 @@ def attend_step(
     refresh = step.refresh[:, None, None]
     cls_k, cls_v = jnp.where(refresh, k[:, 0], cls_k), jnp.where(refresh, v[:, 0], cls_v)
   cache = LayerCache(
-      k=jax.lax.dynamic_update_slice_in_dim(cache.k, k[:, -1:], step.slot, axis=1),
-      v=jax.lax.dynamic_update_slice_in_dim(cache.v, v[:, -1:], step.slot, axis=1),
+      k=jax.lax.dynamic_update_slice_in_dim(cache.k, k[:, -1, :, None], step.slot, axis=2),
+      v=jax.lax.dynamic_update_slice_in_dim(cache.v, v[:, -1, :, None], step.slot, axis=2),
       cls_k=cls_k, cls_v=cls_v)
   own_k, own_v = (jnp.broadcast_to(x[:, None], (x.shape[0], rows, *x.shape[1:])) for x in (cls_k, cls_v))
   own_visible = jnp.stack([jnp.ones_like(step.sees_cls), step.sees_cls], axis=1)[:, -rows:]

@@ -25,7 +25,7 @@ from saess_jax import schedule as schedule_lib
 from saess_jax.attention import Step
 from saess_jax.config import SafetyConfig
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama, Params, init_cache
+from saess_jax.model import Llama, Params, init_cache, output_head
 from saess_jax.sampling import SamplingConfig
 
 
@@ -231,7 +231,7 @@ def _prefill(model, params, prompt, keys, config) -> LoopState:
     initial = jax.nn.sigmoid(out.cls_logit)
     verdicts = policy.start(initial, config.safety)
   last = jnp.sum(prompt.kinds != TokenKind.PAD, axis=1) - 1
-  logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
+  logits = _logits(params, jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0])
   unwritten = jnp.zeros((batch, config.buffer), jnp.int32)
   zeros = jnp.zeros(batch, jnp.int32)
   state = LoopState(
@@ -290,7 +290,12 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
         phase=result.phase.at[:, s.step].set(jnp.where(alive, verdicts.phase, 0)))
   state = s.replace(
       step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=out.cache)
-  return _choose(prompt, keys, config, state, out.logits[:, -1])
+  return _choose(prompt, keys, config, state, _logits(params, out.hidden[:, -1]))
+
+
+def _logits(params: Params, hidden: jax.Array) -> jax.Array:
+  """float32 [B, V] of the one row [B, D] that is wanted; `Output.logits`, of all, is not read and costs nothing."""
+  return jnp.matmul(hidden, output_head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:

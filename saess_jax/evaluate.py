@@ -277,7 +277,8 @@ def _plan(config: EvalConfig, rows: Sequence[sources.Row]) -> list[tuple[str, li
 def _attempts(
     method: str, rows: Sequence[sources.Row], models: Models, max_new_tokens: int, seed: int
 ) -> list[attacks_lib.Attempt]:
-  query = lambda prompts, tokens: models.generator("base", tokens).respond(list(prompts), progress=f"{method} queries")
+  query = lambda prompts, tokens: models.generator("base", max(tokens, max_new_tokens)).respond(
+      list(prompts), max_new_tokens=tokens, progress=f"{method} queries")
   tokenizer = models.generator("base", max_new_tokens).tokenizer
   return attacks_lib.make_attack(method).attempts(
       [row.prompt for row in rows], attacks_lib.Target(tokenizer, query, seed))

@@ -69,17 +69,23 @@ class Generator:
     self._limit = model.config.max_seq_len
     self._decode = jax.jit(functools.partial(decode_lib.decode, model))
 
-  def respond(self, prompts: list[str], prefixes: list[str] | None = None, progress: str = "") -> list[Response]:
+  def respond(
+      self, prompts: list[str], prefixes: list[str] | None = None, max_new_tokens: int | None = None, progress: str = ""
+  ) -> list[Response]:
     """Answers every prompt, in order.
 
     Args:
       prompts: user texts, or lists of chat messages ending with the user's.
       prefixes: what each response must begin with (a prefill attack); none by default.
+      max_new_tokens: fewer than the generator was made for; compiles nothing new.
       progress: a label for a progress bar; "" shows none.
 
     Raises:
-      ValueError: a prompt that with its response exceeds the model's context.
+      ValueError: a prompt that with its response exceeds the model's context, or more new tokens than there is room.
     """
+    limit = self._max_new_tokens if max_new_tokens is None else max_new_tokens
+    if not 0 < limit <= self._max_new_tokens:
+      raise ValueError(f"max_new_tokens is {limit}; this generator was made for 1 to {self._max_new_tokens}.")
     prefixes = [""] * len(prompts) if prefixes is None else prefixes
     rows = [self._encode(prompt) for prompt in prompts]
     forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
@@ -96,7 +102,8 @@ class Generator:
     with tqdm.tqdm(total=len(prompts), desc=progress, unit="prompt", disable=not progress) as bar:
       for at in range(0, len(order), self._batch_size):
         chosen = order[at : at + self._batch_size]
-        for i, response in zip(chosen, self._batch([rows[i] for i in chosen], [forced[i] for i in chosen], chosen)):
+        batch = self._batch([rows[i] for i in chosen], [forced[i] for i in chosen], chosen, limit)
+        for i, response in zip(chosen, batch):
           responses[i] = response
         bar.update(len(chosen))
     return responses
@@ -105,21 +112,23 @@ class Generator:
     tokens, kinds = chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt)
     return chat.insert_cls(tokens, kinds, "sft", True)
 
-  def _batch(self, rows, forced, indices) -> list[Response]:
-    fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)  # Few batch sizes are compiled.
-    prompt = decode_lib.pad_prompts(rows + rows[:1] * fill, forced + forced[:1] * fill)
+  def _batch(self, rows, forced, indices, limit) -> list[Response]:
+    # Few shapes are compiled: of batches, and of prefixes, where a prefill attack has more than one length.
+    fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)
+    room = -(-max(map(len, forced)) // 64) * 64
+    prompt = decode_lib.pad_prompts(rows + rows[:1] * fill, forced + forced[:1] * fill, prefix_length=room)
     extra = 0 if self._safety is None else int(self._safety.tau)
     buffer = -(-(prompt.prefix.shape[1] + self._max_new_tokens + extra) // 32) * 32
     config = decode_lib.decode_config(
-        self.tokenizer, self._safety, self._sampling, self._max_new_tokens, buffer)
+        self.tokenizer, self._safety, self._sampling, limit, buffer)
     root = jax.random.key(self._seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray([*indices, *indices[:1] * fill]))
     result = jax.device_get(self._decode(self._params, prompt, keys, config))
-    return [self._read(result, row, forced[row]) for row in range(len(rows))]
+    return [self._read(result, row, forced[row], limit) for row in range(len(rows))]
 
-  def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int]) -> Response:
+  def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int], limit: int) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
-    ended = len(tokens) < len(prefix) + self._max_new_tokens
+    ended = len(tokens) < len(prefix) + limit
     stands = len(os.path.commonprefix([tokens.tolist(), prefix]))  # Rollback may have cut into the prefix.
     return Response(
         text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[stands:]),

@@ -187,6 +187,10 @@ def test_generator_gives_text_back_in_order(tiny_params):
   assert [r.initial_prob for r in responses] == [
       pytest.approx(make(safety=SafetyConfig(dependency="low")).respond([p])[0].initial_prob, abs=1e-5)
       for p in prompts]
+  fewer, = make(safety=None).respond(prompts[:1], max_new_tokens=2)
+  assert len(fewer.tokens) == 2 and fewer.tokens == make(safety=None).respond(prompts[:1])[0].tokens[:2]
+  with pytest.raises(ValueError, match="max_new_tokens is 7; this generator was made for 1 to 6"):
+    make().respond(prompts, max_new_tokens=7)
   with pytest.raises(ValueError, match="the model's context is 256"):
     make().respond(["x" * 300])
 

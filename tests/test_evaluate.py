@@ -28,7 +28,7 @@ class StandIn:
   def __init__(self, name, refuses, prob, asked):
     self.tokenizer, self._name, self._refuses, self._prob, self._asked = tiny_tokenizer(), name, refuses, prob, asked
 
-  def respond(self, prompts, prefixes=None, progress=""):
+  def respond(self, prompts, prefixes=None, max_new_tokens=None, progress=""):
     self._asked.append((self._name, progress, len(prompts)))
     return [self._one(prompt, prefix) for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts))]
 
