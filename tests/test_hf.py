@@ -6,6 +6,7 @@ import functools
 import json
 
 import flax.linen as nn
+import huggingface_hub
 import jax
 import make_golden
 import ml_dtypes
@@ -206,6 +207,21 @@ def test_nothing_is_read_before_all_is_checked(tmp_path, monkeypatch):
   monkeypatch.setattr(np, "array", lambda *_, **__: pytest.fail("a tensor was read"))
   with pytest.raises(ValueError, match=Q):
     hf.read_params(tmp_path)
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+  """Through the cache that a download leaves; without network an id that is not there is named."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  folder = tmp_path / "models--owner--tiny"
+  (folder / "refs").mkdir(parents=True)
+  (folder / "refs" / "main").write_text("a" * 40)
+  tiny_tokenizer().save_pretrained(write_folder(folder / "snapshots" / ("a" * 40)))
+  loaded = hf.load_pretrained("owner/tiny")
+  assert_trees_equal(loaded.params, hf.load_pretrained(str(folder / "snapshots" / ("a" * 40))).params)
+  assert loaded.tokenizer.chat_template == tiny_tokenizer().chat_template
+  with pytest.raises(FileNotFoundError, match="'owner/large' is no local path, and the Hub did not.*hf auth"):
+    hf.load_pretrained("owner/large")
 
 
 def test_bad_specs(tmp_path):
