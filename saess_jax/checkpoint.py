@@ -197,7 +197,8 @@ def load_for_research(
   checkpoints.close()
   shape, base, tokenizer = load_base(config)
   # Into the run's form of layers, and from there into the decoder's.
-  params = model_lib.stack_layers(base) if "layers" in {**trained["params"], **trained.get("lora", {})} else base
+  is_stacked = "layers" in {**trained["params"], **trained.get("lora", {})}
+  params = model_lib.stack_layers(base, config.frozen_layers) if is_stacked else base
   params = {**params, **trained["params"]}
   if "lora" in trained:
     params = adapters.merge_lora(params, trained["lora"])

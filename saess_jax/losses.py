@@ -23,7 +23,7 @@ from saess_jax.model import Output
 
 @flax.struct.dataclass
 class Totals:
-  """Float32 scalars: the weights that a whole batch holds; a kind that is absent counts 1."""
+  """Float32 scalars: the weights that a whole batch holds."""
 
   tokens: jax.Array
   sequences: jax.Array
@@ -32,8 +32,7 @@ class Totals:
 
 def totals(batch: dict[str, jax.Array]) -> Totals:
   """Counts a batch (of any leading shape)."""
-  count = lambda name: jnp.maximum(jnp.sum(batch[name]), 1.0)
-  return Totals(tokens=count("loss_weights"), sequences=count("label_weight"), probes=count("probe_weights"))
+  return Totals(*(jnp.sum(batch[name]) for name in ("loss_weights", "label_weight", "probe_weights")))
 
 
 def cross_entropy_sum(
@@ -77,6 +76,7 @@ def loss_sums(
     The share of L, and the shares of its parts and of the accuracies (at probability 0.5), float32 scalars that add up
     in the same way.
   """
+  total = jax.tree.map(lambda count: jnp.maximum(count, 1.0), total)  # Sums over nothing are 0, not 0 / 0.
   picked = jnp.take_along_axis(out.hidden, batch["loss_positions"][..., None], axis=1)
   lm = cross_entropy_sum(picked, head, batch["targets"], batch["loss_weights"], config.chunk) / total.tokens
   cls, cls_right = _binary(out.cls_logit, batch["label"], batch["label_weight"], total.sequences)

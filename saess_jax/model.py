@@ -14,6 +14,7 @@ Params, unrolled form (`stack_layers` makes `layers` with a leading L axis out o
   layers_0/mlp_norm/scale [D]   cls_head/bias [1]
   layers_0/mlp/{gate, up [D, F], down [F, D]}/kernel
 
+With `config.frozen_layers` the lowest layers are stacked as `frozen_layers`, apart from the `layers` that are trained.
 Any projection also takes a low-rank update from the collection "lora" (`adapters.py`).
 """
 
@@ -118,8 +119,8 @@ def _fill(cache: attention.LayerCache, k: jax.Array, v: jax.Array, sight: attent
     batch = jnp.arange(k.shape[0])
     cache = cache.replace(cls_k=k[batch, sight.cls_index], cls_v=v[batch, sight.cls_index])
   return cache.replace(
-      k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, 0, axis=1),
-      v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, 0, axis=1))
+      k=jax.lax.dynamic_update_slice_in_dim(cache.k, jnp.moveaxis(k, 1, 2), 0, axis=2),
+      v=jax.lax.dynamic_update_slice_in_dim(cache.v, jnp.moveaxis(v, 1, 2), 0, axis=2))
 
 
 class Mlp(nn.Module):
@@ -251,13 +252,21 @@ class Llama(nn.Module):
     c = self.config
     block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
     if c.scan_layers:
-      scanned = nn.scan(
+      stack = lambda length, name: nn.scan(
           block, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
-          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.num_layers,
-          metadata_params={nn.PARTITION_NAME: "layers"})
-      return scanned(c, name="layers")(x, cache, angles, sight, step)
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=length,
+          metadata_params={nn.PARTITION_NAME: "layers"})(c, name=name)
+      if not c.frozen_layers:
+        return stack(c.num_layers, "layers")(x, cache, angles, sight, step)
+      low, high = (jax.tree.map(lambda leaf, part=part: leaf[part], cache)
+                   for part in (slice(c.frozen_layers), slice(c.frozen_layers, None)))
+      x, low = stack(c.frozen_layers, "frozen_layers")(x, low, angles, sight, step)
+      x, high = stack(c.num_layers - c.frozen_layers, "layers")(jax.lax.stop_gradient(x), high, angles, sight, step)
+      return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), low, high)
     caches = []
     for i in range(c.num_layers):
+      if c.frozen_layers and i == c.frozen_layers:
+        x = jax.lax.stop_gradient(x)
       x, layer_cache = block(c, name=f"layers_{i}")(x, None if cache is None else cache[i], angles, sight, step)
       caches.append(layer_cache)
     return x, None if cache is None else tuple(caches)
@@ -283,6 +292,12 @@ def _band(size: int, window: int) -> jax.Array:
   return (column <= row) & (row - column < window)
 
 
+def is_frozen(name: str, config: ModelConfig) -> bool:
+  """Whether `config.frozen_layers` keeps gradients from the top-level param `name`; a tied head is an embedding."""
+  lowest = {f"layers_{i}" for i in range(config.frozen_layers)}
+  return config.frozen_layers > 0 and name in {"embed", "cls_embedding", "frozen_layers"} | lowest
+
+
 def output_head(params: Params) -> jax.Array:
   """The matrix [D, V] from hidden states to logits, tied or not."""
   return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
@@ -292,28 +307,33 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
   """An empty cache of `slots` tokens for `batch` rows,
   in the form (stacked or per layer) that the model's layers have.
   """
-  shape, dtype = (batch, slots, config.num_kv_heads, config.head_dim), dtype_of(config.dtype)
+  shape, dtype = (batch, config.num_kv_heads, slots, config.head_dim), dtype_of(config.dtype)
   front = (config.num_layers,) if config.scan_layers else ()
   def one():
-    tokens, cls = jnp.zeros((*front, *shape), dtype), jnp.zeros((*front, batch, *shape[2:]), dtype)
+    tokens, cls = jnp.zeros((*front, *shape), dtype), jnp.zeros((*front, batch, shape[1], shape[3]), dtype)
     return attention.LayerCache(k=tokens, v=tokens, cls_k=cls, cls_v=cls)
   return one() if config.scan_layers else tuple(one() for _ in range(config.num_layers))
 
 
-def stack_layers(params: Params) -> Params:
-  """Unrolled params (`layers_0`, ...) -> scan form (`layers`, leaves with a leading L axis). Others pass through."""
+def stack_layers(params: Params, frozen: int = 0) -> Params:
+  """Unrolled params (`layers_0`, ...) -> scan form (`layers`, leaves with a leading L axis). Others pass through.
+
+  Args:
+    frozen: the lowest layers that go into `frozen_layers` instead (`ModelConfig.frozen_layers`).
+  """
   count = sum(name.startswith("layers_") for name in params)
-  rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
-  if count == 0:
-    return rest
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layers_{i}"] for i in range(count)))
-  return rest | {"layers": stacked}
+  stacked = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+  for name, indices in (("frozen_layers", range(frozen)), ("layers", range(frozen, count))):
+    if indices:
+      stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layers_{i}"] for i in indices))
+  return stacked
 
 
 def unstack_layers(params: Params) -> Params:
   """The inverse of `stack_layers`."""
-  rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-  if "layers" not in params:
-    return rest
-  count = jax.tree.leaves(params["layers"])[0].shape[0]
-  return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+  unrolled, index = {name: leaf for name, leaf in params.items() if name not in ("frozen_layers", "layers")}, 0
+  for stack in (params[name] for name in ("frozen_layers", "layers") if name in params):
+    for i in range(jax.tree.leaves(stack)[0].shape[0]):
+      unrolled[f"layers_{index}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+      index += 1
+  return unrolled

@@ -42,7 +42,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done.
-    trainable: {"params": ..., "lora": ...}; with LoRA the pairs and the [CLS] parts, else all params.
+    trainable: {"params": ..., "lora": ...}; with LoRA the pairs and the [CLS] parts, else all params; of either, what
+      stands above `frozen_layers`.
     opt_state: of optax, for `trainable` alone.
     rng: uint32 [2], the run's key.
     frozen: {"params": ...}, the rest; not in checkpoints.
@@ -108,14 +109,15 @@ def create_state(
     base: params of the model's form of layers; host arrays go straight to their shards.
   """
   def boxed_state(params, rng):
-    trainable, frozen = {"params": params}, {"params": {}}
+    reached = {name: leaf for name, leaf in params.items() if not model_lib.is_frozen(name, model.config)}
+    trainable = {"params": reached}
     if config.lora.rank:
-      cls = ("cls_embedding", "cls_head")
-      trainable = {"params": {name: params[name] for name in cls}, "lora": adapters.init_lora(params, config.lora, rng)}
-      frozen = {"params": {name: leaf for name, leaf in params.items() if name not in cls}}
+      learned = {name: leaf for name, leaf in reached.items() if name in ("cls_embedding", "cls_head")}
+      trainable = {"params": learned, "lora": adapters.init_lora(reached, config.lora, rng)}
+    frozen = {name: leaf for name, leaf in params.items() if name not in trainable["params"]}
     return TrainState(
         step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
-        rng=jax.random.key_data(rng), frozen=frozen)
+        rng=jax.random.key_data(rng), frozen={"params": frozen})
 
   rng = jax.random.key(config.seed)
   boxed = jax.eval_shape(model.init, rng, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -177,7 +179,7 @@ def _evaluate(step, state: TrainState, batches: Iterable[dict[str, jax.Array]]) 
   """Averages over a validation set."""
   sums, total = jax.tree.map(lambda *x: sum(map(float, x)), *(step(state, batch) for batch in batches))
   per = {"lm": total.tokens, "cls": total.sequences, "probe": total.probes}
-  return {name: value / per[name.partition("_")[0]] for name, value in sums.items() if name != "loss"}
+  return {name: value / max(per[name.partition("_")[0]], 1.0) for name, value in sums.items() if name != "loss"}
 
 
 def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape, base, tokenizer):
@@ -210,6 +212,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   rows = {split: sources.load_split(config.data.source, split) for split in ("train", "validation")}
   sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
   shape, base, tokenizer = checkpoint.load_base(config)
+  training = config_of_training(config, shape)
   for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
     pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config)
   workdir = checkpoint.claim_workdir(workdir, config)
@@ -228,12 +231,12 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   validation = pipeline.Batches(
       pipeline.build_examples(tokenizer, rows["validation"], known, config), config, process, processes)
 
-  training = config_of_training(config, shape)
   model, tx = Llama(training), optimizer(config.optimizer, steps)
   place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
   with mesh, nn.logical_axis_rules(sharding.RULES):
     state, state_shardings = create_state(
-        config, model, model_lib.stack_layers(base) if training.scan_layers else base, tx, mesh)
+        config, model,
+        model_lib.stack_layers(base, training.frozen_layers) if training.scan_layers else base, tx, mesh)
     del base
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
     state = _resume(manager, state, state_shardings, loader)
@@ -245,8 +248,17 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
 
 def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> model_lib.ModelConfig:
-  """The model's config for the loop: layers scanned unless the overrides say otherwise."""
-  return shape.replace(scan_layers=bool(config.model_overrides.get("scan_layers", True)))
+  """The model's config for the loop: layers scanned unless the overrides say otherwise, the lowest of them frozen.
+
+  Raises:
+    ValueError: no layer is left to train.
+  """
+  if not 0 <= config.frozen_layers < shape.num_layers:
+    raise ValueError(
+        f"frozen_layers is {config.frozen_layers}; the model has {shape.num_layers} layers: expected 0 to "
+        f"{shape.num_layers - 1}.")
+  return shape.replace(
+      scan_layers=bool(config.model_overrides.get("scan_layers", True)), frozen_layers=config.frozen_layers)
 
 
 def _resume(

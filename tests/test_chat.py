@@ -144,6 +144,10 @@ def test_response_limit(response, limit, expected):
   assert chat.encode_response(tiny_tokenizer(), response, limit).tolist() == expected
 
 
+def answer(tokenizer):
+  return chat.encode_response(tokenizer, "Take flour.", 64)
+
+
 @pytest.mark.parametrize("stage, header_sees_cls, order", [
     ("sft", True, [AUX, QUERY, CLS, HEADER, RESPONSE]),
     ("sft", False, [AUX, QUERY, HEADER, CLS, RESPONSE]),
@@ -152,8 +156,7 @@ def test_response_limit(response, limit, expected):
 def test_stored_layout(stage, header_sees_cls, order):
   tokenizer = tiny_tokenizer()
   tokens, kinds = chat.encode_example(
-      tokenizer, "How do I bake?", "Take flour.", stage=stage, header_sees_cls=header_sees_cls, max_length=256,
-      max_response=64)
+      tokenizer, "How do I bake?", answer(tokenizer), stage=stage, header_sees_cls=header_sees_cls, max_length=256)
   assert tokens.dtype == kinds.dtype == np.int32
   assert kinds[np.flatnonzero(np.diff(kinds, prepend=-1))].tolist() == order
   assert tokens[kinds == CLS].tolist() == [0]
@@ -162,12 +165,12 @@ def test_stored_layout(stage, header_sees_cls, order):
 
 def test_max_length():
   tokenizer = tiny_tokenizer()
-  layout = {"stage": "sft", "header_sees_cls": True, "max_response": 64}
+  layout = {"stage": "sft", "header_sees_cls": True}
   prompt = len(chat.encode_prompt(tokenizer, "How do I bake?")[0])
-  tokens, kinds = chat.encode_example(tokenizer, "How do I bake?", "Take flour.", max_length=prompt + 2, **layout)
+  tokens, kinds = chat.encode_example(tokenizer, "How do I bake?", answer(tokenizer), max_length=prompt + 2, **layout)
   assert len(tokens) == prompt + 2 and (kinds == RESPONSE).sum() == 1 and tokens[-1] != tokenizer.eos_token_id
   with pytest.raises(ValueError, match=rf"has {prompt} tokens with its template; max_length {prompt + 1} holds"):
-    chat.encode_example(tokenizer, "How do I bake?", "Take flour.", max_length=prompt + 1, **layout)
+    chat.encode_example(tokenizer, "How do I bake?", answer(tokenizer), max_length=prompt + 1, **layout)
 
 
 @pytest.mark.parametrize("messages, message", [

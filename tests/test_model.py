@@ -131,6 +131,23 @@ def test_scanned_and_unrolled_layers_agree(tiny_params):
   jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), tiny_params)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_no_gradient_reaches_frozen_layers(tiny_params, scan):
+  shape = TINY.replace(scan_layers=scan, frozen_layers=1)
+  params = model.stack_layers(tiny_params, frozen=1) if scan else tiny_params
+  jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(params), tiny_params)
+  loss = lambda params, shape: jnp.sum(jnp.sin(apply(params, shape).hidden))
+  whole = jax.grad(loss)(tiny_params, TINY)
+  part = model.unstack_layers(jax.grad(loss)(params, shape))
+  for name, gradient in part.items():
+    expected = jax.tree.map(jnp.zeros_like, gradient) if model.is_frozen(name, shape) else whole[name]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
+  assert [name for name in tiny_params if model.is_frozen(name, shape)] == ["cls_embedding", "embed", "layers_0"]
+  cache = model.init_cache(shape, 2, 12)
+  filled = apply(params, shape, cache=cache).cache
+  assert jax.tree.map(jnp.shape, filled) == jax.tree.map(jnp.shape, cache)
+
+
 def test_remat_changes_no_gradient(tiny_params):
   loss = lambda params, shape: jnp.sum(jnp.sin(apply(params, shape).logits))
   plain, remat = (jax.grad(loss)(tiny_params, TINY.replace(remat=flag)) for flag in (False, True))

@@ -34,9 +34,9 @@ def response(example):
 
 def test_malicious_row_gives_refusal_and_rollout():
   refusal, harmful = build([BAD], {BAD.prompt: [7, 8, 9]})
-  assert (refusal.trajectory, refusal.label, refusal.lm_loss) == ("refusal", 1, True)
+  assert (refusal.trajectory, refusal.label, refusal.loss_from) == ("refusal", 1, 0)
   assert tiny_tokenizer().decode(response(refusal)) == "I cannot.<|im_end|>"
-  assert (harmful.trajectory, harmful.label, harmful.lm_loss) == ("harmful", 1, False)
+  assert (harmful.trajectory, harmful.label, harmful.loss_from) == ("harmful", 1, 3)
   assert response(harmful).tolist() == [7, 8, 9] and harmful.response_length == 3
 
 
@@ -44,7 +44,7 @@ def test_benign_row_prefers_its_rollout():
   (written,), (sampled,) = build([GOOD]), build([GOOD], {GOOD.prompt: [7, 8, EOS]})
   assert tiny_tokenizer().decode(response(written)) == "Take flour.<|im_end|>"
   assert response(sampled).tolist() == [7, 8, EOS]
-  assert written.lm_loss and sampled.lm_loss and written.trajectory == sampled.trajectory == "benign"
+  assert written.loss_from == sampled.loss_from == 0 and written.trajectory == sampled.trajectory == "benign"
   assert sampled.response_length == 2  # The end-of-turn token is no part of any window.
   (text,) = build([GOOD], {GOOD.prompt: "Take salt."})
   assert tiny_tokenizer().decode(response(text)) == "Take salt.<|im_end|>"
@@ -54,7 +54,44 @@ def test_rows_without_response():
   (refusal,) = build([dataclasses.replace(BAD, response="")])
   assert tiny_tokenizer().decode(response(refusal)) == CONFIG.safety.fixed_refusal + "<|im_end|>"
   (benign,) = build([dataclasses.replace(GOOD, response="")])
-  assert not benign.lm_loss and not len(response(benign))
+  assert not len(response(benign))
+
+
+def test_refusal_where_the_decoder_asks_for_it():
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, refusal_depth=2, max_length=160))
+  rollout, seen = [7, 8, 9], set()
+  for seed in range(20):
+    interrupted, harmful = build([BAD], {BAD.prompt: rollout}, dataclasses.replace(config, seed=seed))
+    before, after = np.split(response(interrupted), [interrupted.loss_from])
+    depth = len(before) - len(tiny_tokenizer()(SafetyConfig().refusal_prefix).input_ids)
+    seen.add(depth)
+    assert before[:depth].tolist() == rollout[:depth] and response(harmful).tolist() == rollout
+    assert tiny_tokenizer().decode(before[depth:]) == SafetyConfig().refusal_prefix
+    assert tiny_tokenizer().decode(after) == " I cannot.<|im_end|>"
+    assert interrupted.trajectory == "interrupted"
+  assert seen == {0, 1, 2}
+  (lower,) = build([dataclasses.replace(BAD, response="Killing is wrong.")], config=config)
+  assert tiny_tokenizer().decode(response(lower)[lower.loss_from:]) == " killing is wrong.<|im_end|>"
+
+
+def test_rows_without_rollout_end_at_cls():
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, responses="rollouts"))
+  refusal, harmful, query = build([BAD, GOOD], {BAD.prompt: [7, 8, 9]}, config)
+  assert (refusal.trajectory, harmful.trajectory, query.trajectory) == ("refusal", "harmful", "none")
+  assert query.kinds[-1] == TokenKind.CLS and not (query.kinds == TokenKind.HEADER).any()
+  batches = pipeline.Batches([refusal, harmful, query], config)
+  assert len(batches) == 2  # A batch of queries has neither losses nor probes.
+  assert sorted(batch["targets"].shape[1] for batch in batches) == [0, CONFIG.data.max_response + 1]
+  assert sorted(batch["probe_views"].shape[1] for batch in batches) == [0, CONFIG.probes.per_sequence]
+  assert sum(batch["label_weight"].sum() for batch in batches) == 2
+  bare_config = dataclasses.replace(config, data=dataclasses.replace(config.data, bare_queries=True))
+  *_, bare = build([BAD, GOOD], {BAD.prompt: [7, 8, 9]}, bare_config)
+  assert tiny_tokenizer().decode(bare.tokens[:-1]) == "<|im_start|>user\n" + GOOD.prompt
+  assert bare.kinds[-1] == TokenKind.CLS
+  assert (bare.kinds == TokenKind.QUERY).sum() == (query.kinds == TokenKind.QUERY).sum()
+  bad = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, responses="some"))
+  with pytest.raises(ValueError, match="data.responses is 'some'; expected one of all, rollouts"):
+    build([GOOD], config=bad)
 
 
 def test_long_prompt_names_both_lengths():
@@ -119,7 +156,7 @@ def example_of(length, tag):
   kinds[2], kinds[3], kinds[4:] = TokenKind.CLS, TokenKind.HEADER, TokenKind.RESPONSE
   tokens = np.full(length, 5, np.int32)
   tokens[0] = tag
-  return pipeline.Example(tokens, kinds, tag % 2, "benign", True, length - 4)
+  return pipeline.Example(tokens, kinds, tag % 2, "benign", 0, length - 4)
 
 
 loaders = st.fixed_dictionaries({
@@ -247,6 +284,13 @@ def test_labels():
   views, labels, _ = draw("refusal", 20, SAFETY.replace(rule2_keeps_query=True))
   np.testing.assert_array_equal(labels, views[:, 0])
   assert views[:, 0].mean() > 0.5  # Rules 1 and 2.
+  views, labels, weights = draw("interrupted", 20)
+  np.testing.assert_array_equal(weights, views[:, 0])  # What a window shows may be either.
+  assert labels[weights > 0].all() and 0 < weights.mean() < 1
+  assert draw("none", 0)[0].shape == (0, 3)
+  views, _, weights = draw("benign", 20, benign_weight=3.0)
+  np.testing.assert_array_equal(weights, np.where(views[:, 0], 1, 3))
+  assert (draw("harmful", 20, benign_weight=3.0)[2] == 1).all()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 6])
@@ -261,5 +305,6 @@ def test_probes_are_deterministic_and_checked():
   for left, right in zip(draw("benign", 9, seed=3), draw("benign", 9, seed=3), strict=True):
     np.testing.assert_array_equal(left, right)
   assert (draw("benign", 9, seed=3)[0] != draw("benign", 9, seed=4)[0]).any()
-  with pytest.raises(ValueError, match="trajectory is 'good'; expected one of refusal, harmful, benign"):
+  expected = "trajectory is 'good'; expected one of none, refusal, interrupted, harmful, benign"
+  with pytest.raises(ValueError, match=expected):
     draw("good", 9)

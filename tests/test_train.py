@@ -121,7 +121,7 @@ def first_step(config, devices):
   training = train.config_of_training(config, shape)
   llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
   with mesh, nn.logical_axis_rules(sharding.RULES):
-    state, places = train.create_state(config, llama, model.stack_layers(base), tx, mesh)
+    state, places = train.create_state(config, llama, model.stack_layers(base, config.frozen_layers), tx, mesh)
     # Zero heads and cold starts hide differences: give every [CLS] part and adapter some size first.
     stir = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape, x.dtype)
     state = state.replace(trainable=jax.tree_util.tree_map_with_path(stir, state.trainable))
@@ -152,6 +152,23 @@ def test_lora_trains_the_adapter_and_cls_alone(data):
   assert set(trainable["params"]) == {"cls_embedding", "cls_head"} and set(trainable["lora"]) == {"layers"}
   assert not any(name.startswith("cls") for name in state.frozen["params"])
   assert "frozen" not in state.saved()
+
+
+def test_what_is_frozen_is_in_no_checkpoint_and_back_for_research(data, tmp_path):
+  config = small_config(
+      data, frozen_layers=1, max_steps=2, rollouts=RolloutConfig(max_prompts=8, tokens=6, batch_size=8))
+  config = dataclasses.replace(
+      config, data=dataclasses.replace(config.data, buckets=(64, 128), responses="rollouts", refusal_depth=4))
+  train.train_and_evaluate(config, tmp_path / "run")
+  saved = checkpoint.Checkpoints(tmp_path / "run").restore_trainable(2)
+  assert set(saved["params"]) == {"cls_head", "final_norm", "layers"}
+  _, base, _ = checkpoint.load_base(config)
+  _, params, _, _ = checkpoint.load_for_research(tmp_path / "run")
+  same = {name: all(jax.tree.leaves(jax.tree.map(np.array_equal, leaf, base[name]))) for name, leaf in params.items()}
+  assert {name for name, equal in same.items() if equal} == {"embed", "cls_embedding", "layers_0"}
+  with pytest.raises(ValueError, match="frozen_layers is 2; the model has 2 layers: expected 0 to 1"):
+    train.train_and_evaluate(dataclasses.replace(config, frozen_layers=2), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path):

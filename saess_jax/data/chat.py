@@ -76,20 +76,18 @@ def insert_cls(
 def encode_example(
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: Messages,
-    response: str | Sequence[int],
+    response: Sequence[int] | None,
     *,
     stage: str,
     header_sees_cls: bool,
     max_length: int,
-    max_response: int,
     system_prompt: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
   """Prompt, [CLS] and response in the stored layout, without padding.
 
   Args:
-    response: a finished text (an end-of-turn token is added), or sampled token ids, taken as they are.
+    response: token ids (`encode_response` makes them of a text); None: the prompt ends at [CLS], without its HEADER.
     max_length: of the result, [CLS] included; the response is cut to fit.
-    max_response: response tokens before the end-of-turn token.
 
   Returns:
     tokens int32 [S], kinds int32 [S].
@@ -103,7 +101,9 @@ def encode_example(
     raise ValueError(
         f"The prompt has {len(tokens)} tokens with its template; max_length {max_length} holds {max_length - 2} beside "
         f"[CLS] and one response token. Raise data.max_length (and data.buckets) or shorten it: {str(prompt)[:60]!r}")
-  answer = encode_response(tokenizer, response, max_response)[:room]
+  if response is None:
+    tokens, kinds, response = tokens[kinds != TokenKind.HEADER], kinds[kinds != TokenKind.HEADER], []
+  answer = np.asarray(response, np.int32)[:room]
   tokens = np.concatenate([tokens, answer])
   kinds = np.concatenate([kinds, np.full(len(answer), TokenKind.RESPONSE, np.int32)])
   return insert_cls(tokens, kinds, stage, header_sees_cls)

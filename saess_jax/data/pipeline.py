@@ -23,6 +23,7 @@ from saess_jax.data import chat, probes, sources
 from saess_jax.masks import TokenKind
 
 Batch = dict[str, np.ndarray]
+RESPONSES = ("all", "rollouts")  # Values of `DataConfig.responses`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Example:
   tokens: np.ndarray  # int32 [S]
   kinds: np.ndarray  # int32 [S]
   label: int  # Of the prompt: 1 malicious, 0 benign.
-  trajectory: str  # What the response is: refusal | harmful | benign.
-  lm_loss: bool  # Whether the response is a target of the language model.
+  trajectory: str  # What the response is: one of `probes.TRAJECTORIES`.
+  loss_from: int  # Index of the first response token that is a target; the response's length for none.
   response_length: int  # Response tokens without the end-of-turn token: what probes see windows of.
 
 
@@ -47,38 +48,65 @@ def build_examples(
 
   A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
   is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response.
+  With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
+  stands before its turn.
 
   Args:
     rollouts: prompt -> completion by the unaligned base model, as sampled token ids (with the end-of-turn token if it
       came to that) or as a finished text.
 
   Raises:
-    ValueError: as `chat.encode_example`, for a prompt that is too long above all.
+    ValueError: as `chat.encode_example`, for a prompt that is too long above all; `data.responses` is unknown.
   """
-  rollouts = rollouts or {}
+  if config.data.responses not in RESPONSES:
+    raise ValueError(f"data.responses is {config.data.responses!r}; expected one of {', '.join(RESPONSES)}.")
+  rollouts, rng = rollouts or {}, np.random.default_rng(config.seed)
+  encode_response = functools.partial(chat.encode_response, tokenizer, max_tokens=config.data.max_response)
   encode = functools.partial(
-      _encode, tokenizer, stage=config.stage, header_sees_cls=config.header_sees_cls,
-      max_length=config.data.max_length, max_response=config.data.max_response,
-      system_prompt=config.data.system_prompt)
+      chat.encode_example, tokenizer, stage=config.stage, header_sees_cls=config.header_sees_cls,
+      max_length=config.data.max_length, system_prompt=config.data.system_prompt)
+
+  def example(row, response, trajectory, loss_from):
+    tokens, kinds = encode(row.prompt, response)
+    answer = tokens[kinds == TokenKind.RESPONSE]
+    ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
+    return Example(tokens, kinds, row.label, trajectory, loss_from, len(answer) - int(ended))
+
   examples = []
   for row in rows:
-    rollout = rollouts.get(row.prompt, "")
-    if row.label:
-      examples.append(encode(row, row.response or config.safety.fixed_refusal, trajectory="refusal"))
+    rollout = encode_response(rollouts.get(row.prompt, ""))
+    if not len(rollout) and config.data.responses == "rollouts":
+      query = example(row, None, "none", 0)
+      examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
+    elif row.label:
+      depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
+      before, refusal = _refusal(tokenizer, row, rollout[:depth], config)
+      trajectory = "interrupted" if len(before) else "refusal"
+      examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
       if len(rollout):
-        examples.append(encode(row, rollout, trajectory="harmful"))
+        examples.append(example(row, rollout, "harmful", len(rollout)))
     else:
-      examples.append(encode(row, rollout if len(rollout) else row.response, trajectory="benign"))
+      examples.append(example(row, rollout if len(rollout) else encode_response(row.response), "benign", 0))
   return examples
 
 
-def _encode(tokenizer, row: sources.Row, response: str | Sequence[int], trajectory: str, **layout) -> Example:
-  tokens, kinds = chat.encode_example(tokenizer, row.prompt, response, **layout)
-  answer = tokens[kinds == TokenKind.RESPONSE]
-  ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
-  return Example(
-      tokens, kinds, row.label, trajectory, lm_loss=trajectory != "harmful" and len(answer) > 0,
-      response_length=len(answer) - int(ended))
+def _bare(example: Example, special_ids: Sequence[int]) -> Example:
+  """The query with the last special token before it and what follows that, "<|im_start|>user" in ChatML."""
+  query = int(np.argmax(example.kinds == TokenKind.QUERY))
+  special = np.flatnonzero(np.isin(example.tokens[:query], special_ids))
+  start = special[-1] if len(special) else 0
+  return dataclasses.replace(example, tokens=example.tokens[start:], kinds=example.kinds[start:])
+
+
+def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, str]:
+  """What stands before a refusal, in tokens, and its text."""
+  text = row.response or config.safety.fixed_refusal
+  if not config.data.refusal_depth:
+    return np.zeros(0, np.int32), text
+  prefix = tokenizer(config.safety.refusal_prefix, add_special_tokens=False, split_special_tokens=True).input_ids
+  # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
+  follows = text[0].lower() + text[1:] if text[1:2].islower() else text
+  return np.concatenate([before, np.asarray(prefix, np.int32)]), f" {follows}"
 
 
 class Batches(Sequence):
@@ -107,7 +135,7 @@ class Batches(Sequence):
     self._local = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
     self._buckets = [min(b for b in buckets if b >= len(example.tokens)) for example in examples]
     self._plan = functools.lru_cache(maxsize=2)(self._plan)  # Steps of one epoch come one after the other.
-    self.steps_per_epoch = -(-len(examples) // size)
+    self.steps_per_epoch = sum(-(-count // size) for count in collections.Counter(map(_is_query, examples)).values())
     self._len = epochs * self.steps_per_epoch
 
   def __len__(self) -> int:
@@ -123,19 +151,25 @@ class Batches(Sequence):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-    """(padded length, indices of the examples) of each batch. All batches are full but one."""
+    """(padded length, indices of the examples) of each batch.
+
+    Examples without a response keep among themselves, so that their batches hold neither losses nor probes. All batches
+    are full but one of each sort.
+    """
     rng = np.random.default_rng((self._config.seed, epoch))
-    by_bucket = collections.defaultdict(list)
+    by_sort = collections.defaultdict(lambda: collections.defaultdict(list))
     for index in rng.permutation(len(self._examples)):
-      by_bucket[self._buckets[index]].append(int(index))
-    size, plan, rest = self._config.data.batch_size, [], []
-    for bucket in sorted(by_bucket):
-      waiting = rest + by_bucket[bucket]  # What did not fill a batch of the shorter bucket is padded to this one.
-      full = len(waiting) - len(waiting) % size
-      plan += [(bucket, waiting[start:start + size]) for start in range(0, full, size)]
-      rest = waiting[full:]
-    if rest:
-      plan.append((max(by_bucket), rest))
+      by_sort[_is_query(self._examples[index])][self._buckets[index]].append(int(index))
+    size, plan = self._config.data.batch_size, []
+    for by_bucket in by_sort.values():
+      rest = []
+      for bucket in sorted(by_bucket):
+        waiting = rest + by_bucket[bucket]  # What did not fill a batch of the shorter bucket is padded to this one.
+        full = len(waiting) - len(waiting) % size
+        plan += [(bucket, waiting[start:start + size]) for start in range(0, full, size)]
+        rest = waiting[full:]
+      if rest:
+        plan.append((max(by_bucket), rest))
     return [plan[i] for i in rng.permutation(len(plan))]
 
   def _row(self, index: int, real: bool, epoch: int, size: int) -> dict[str, np.ndarray]:
@@ -144,10 +178,10 @@ class Batches(Sequence):
     rng = np.random.default_rng((config.seed, epoch, 1 + index))
     views, labels, weights = probes.draw_probes(
         example.trajectory, example.response_length, config.safety, config.probes, rng)
-    targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)
+    targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
     positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
     positions = positions - (example.kinds[positions] == TokenKind.CLS)
-    num_losses = min(config.data.max_response + 1, size)
+    num_losses = 0 if _is_query(example) else min(config.data.max_response + 1, size)
     # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
     label_weight = real and example.trajectory != "harmful"
     return {
@@ -155,13 +189,17 @@ class Batches(Sequence):
         "kinds": _pad(example.kinds, size, np.int32),
         "loss_positions": _pad(positions, num_losses, np.int32),
         "targets": _pad(example.tokens[targets], num_losses, np.int32),
-        "loss_weights": _pad(np.full(len(targets), real and example.lm_loss), num_losses, np.float32),
+        "loss_weights": _pad(np.full(len(targets), real), num_losses, np.float32),
         "label": np.float32(example.label),
         "label_weight": np.float32(label_weight),
         "probe_views": views,
         "probe_labels": labels,
         "probe_weights": weights * np.float32(real),
     }
+
+
+def _is_query(example: Example) -> bool:
+  return example.trajectory == "none"
 
 
 class Loader:
@@ -197,7 +235,8 @@ def make_loader(
   A batch is a dict of numpy arrays:
     tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
     targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
-    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S).
+    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S); R and P are 0 in a
+    batch of queries alone.
   Copies that fill up the last batch have weight 0 throughout.
 
   Raises:

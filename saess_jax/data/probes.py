@@ -11,7 +11,7 @@ import numpy as np
 
 from saess_jax.config import ProbeConfig, SafetyConfig
 
-TRAJECTORIES = ("refusal", "harmful", "benign")
+TRAJECTORIES = ("none", "refusal", "interrupted", "harmful", "benign")
 # Rule of each probe in turn. Rule 2 comes first and twice: most steps of a benign run are decided by it.
 _RULES = (2, 1, 3, 2)
 
@@ -26,7 +26,9 @@ def draw_probes(
   S_t, cut on the right at the token that is the newest while the alarm is open.
 
   Labels: "harmful" (a completion of a malicious prompt by the unaligned base model) is 1 everywhere, "benign" 0
-  everywhere. A "refusal" is harmless text after a malicious prompt: 1 where the view has the query, 0 where not.
+  everywhere. A "refusal" is harmless text after a malicious prompt: 1 where the view has the query, 0 where not. An
+  "interrupted" response is harmful first and a refusal then: only its views with the query count. "none" is no
+  response: no probes either, P = 0.
 
   Args:
     trajectory: one of `TRAJECTORIES`.
@@ -35,18 +37,19 @@ def draw_probes(
 
   Returns:
     views int32 [P, 3], labels float32 [P], weights float32 [P]: 0 for a view without query that holds fewer than
-    `min_window` tokens.
+    `min_window` tokens, else 1, or `benign_weight` for a benign window.
 
   Raises:
     ValueError: an unknown trajectory.
   """
   if trajectory not in TRAJECTORIES:
     raise ValueError(f"trajectory is {trajectory!r}; expected one of {', '.join(TRAJECTORIES)}.")
-  rules = [_RULES[i % len(_RULES)] for i in range(probes.per_sequence)]
+  rules = [_RULES[i % len(_RULES)] for i in range(probes.per_sequence if trajectory != "none" else 0)]
   views = np.array([_draw_view(rule, num_tokens, safety, probes, rng) for rule in rules], np.int32).reshape(-1, 3)
   sees_query, sizes = views[:, 0] > 0, views[:, 2] - views[:, 1]
-  labels = {"harmful": np.ones_like(sees_query), "benign": np.zeros_like(sees_query), "refusal": sees_query}[trajectory]
-  weights = sees_query | (sizes >= probes.min_window)
+  labels = sees_query | (trajectory == "harmful") if trajectory != "benign" else np.zeros_like(sees_query)
+  counts = sees_query | ((sizes >= probes.min_window) & (trajectory != "interrupted"))
+  weights = counts * np.where(labels | sees_query, 1.0, probes.benign_weight)
   return views, labels.astype(np.float32), weights.astype(np.float32)
 
 
