@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -102,6 +103,11 @@ class SafetyConfig:
   def __post_init__(self):
     if self.dependency not in DEPENDENCIES:
       raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
+    for name, low, high in (
+        ("r1", 0, math.inf), ("r2", 0, math.inf), ("r3", 0, math.inf), ("tau", 1, math.inf), ("threshold", 0, 1)):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not low <= value <= high:  # Traced values are not looked at.
+        raise ValueError(f"{name} is {value}; expected {low} to {high}.")
 
   def replace(self, **changes) -> SafetyConfig:
     return dataclasses.replace(self, **changes)

@@ -202,23 +202,13 @@ def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config:
     rng: one PRNG key (row i draws from `fold_in(rng, i)`), or [B] keys.
     config: see there.
   """
+  state = start(model, params, prompt, rng, config)
+  return finish(advance(model, params, prompt, rng, config, state, config.buffer))
+
+
+def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> LoopState:
+  """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`."""
   prompt, config = jax.tree.map(jnp.asarray, (prompt, config))  # Host arrays cannot be indexed by traced ones.
-  batch, length = prompt.tokens.shape
-  keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
-  state = _prefill(model, params, prompt, keys, config)
-  running = lambda s: (s.step < config.buffer) & ~jnp.all(s.done)
-  state = jax.lax.while_loop(running, lambda s: _step(model, params, prompt, keys, config, s), state)
-
-  stands = state.kinds[:, length:] == TokenKind.RESPONSE
-  order = jnp.argsort(~stands, axis=1, stable=True)
-  tokens = jnp.take_along_axis(jnp.where(stands, state.result.step_tokens, 0), order, axis=1)
-  return state.result.replace(
-      tokens=tokens, lengths=state.count, intervened_at=state.verdicts.intervened_at,
-      transition_at=state.verdicts.transition_at, leaked=state.verdicts.leaked)
-
-
-def _prefill(model, params, prompt, keys, config) -> LoopState:
-  """Reads the prompt in one pass, takes the initial verdict and chooses the first response token."""
   batch, length = prompt.tokens.shape
   cache = init_cache(model.config, batch, length + config.buffer)
   # Without safety nobody may see [CLS], wherever it is stored: pretraining's mask says just that.
@@ -242,7 +232,38 @@ def _prefill(model, params, prompt, keys, config) -> LoopState:
           step_tokens=unwritten, steps=zeros, initial_prob=initial, intervened_at=verdicts.intervened_at,
           transition_at=verdicts.transition_at, leaked=verdicts.leaked, evaluations=zeros),
       cache=out.cache)
-  return _choose(prompt, keys, config, state, logits)
+  return _choose(prompt, _keys(rng, prompt), config, state, logits)
+
+
+def advance(
+    model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig, state: LoopState,
+    until: jax.Array) -> LoopState:
+  """Decodes on until `until` steps are done, or every row is. Arguments as `decode`; a whole response in pieces is the
+  same as at once.
+
+  Args:
+    until: int32 scalar, may be traced.
+  """
+  prompt, config = jax.tree.map(jnp.asarray, (prompt, config))
+  keys, until = _keys(rng, prompt), jnp.minimum(until, config.buffer)
+  running = lambda s: (s.step < until) & ~jnp.all(s.done)
+  return jax.lax.while_loop(running, lambda s: _step(model, params, prompt, keys, config, s), state)
+
+
+def finish(state: LoopState) -> DecodeResult:
+  """What has been decoded so far, as a result."""
+  stands = state.kinds[:, -state.result.step_tokens.shape[1]:] == TokenKind.RESPONSE
+  order = jnp.argsort(~stands, axis=1, stable=True)
+  tokens = jnp.take_along_axis(jnp.where(stands, state.result.step_tokens, 0), order, axis=1)
+  return state.result.replace(
+      tokens=tokens, lengths=state.count, intervened_at=state.verdicts.intervened_at,
+      transition_at=state.verdicts.transition_at, leaked=state.verdicts.leaked)
+
+
+def _keys(rng: jax.Array, prompt: Prompt) -> jax.Array:
+  """[B] keys: a row's own, so that its tokens do not depend on its neighbours."""
+  rows = jnp.arange(prompt.tokens.shape[0])
+  return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(rows)
 
 
 def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
@@ -301,7 +322,9 @@ def _logits(params: Params, hidden: jax.Array) -> jax.Array:
 def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:
   """Sets the next token of every row and ends the rows that are finished."""
   step_keys = jax.vmap(jax.random.fold_in)(keys, s.count)
-  token = sampling.sample(logits, step_keys, config.sampling)
+  token = sampling.sample(
+      logits, step_keys, config.sampling, jnp.concatenate([prompt.tokens, s.result.step_tokens], axis=1),
+      (s.kinds != TokenKind.PAD) & (s.kinds != TokenKind.CLS))
   stops = jnp.any(token[:, None] == config.stop_ids, axis=1)
 
   inserted, refusing = s.inserted, s.verdicts.intervened_at >= 0

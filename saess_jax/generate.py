@@ -1,26 +1,37 @@
 """From text to text: a model, its tokenizer and a way to decode, ready to be asked.
 
 What rollouts, evaluation and attacks have in common. For the arrays themselves call `decode.decode`.
+
+  python -m saess_jax.generate --checkpoint RUN                      a chat in the terminal
+  python -m saess_jax.generate --checkpoint RUN --prompt "..."       one answer
+  python -m saess_jax.generate --checkpoint RUN --no-safety          the same weights, nothing intervenes
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
+from saess_jax import checkpoint, terminal
 from saess_jax import decode as decode_lib
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
+from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params
 from saess_jax.policy import Phase
 from saess_jax.sampling import SamplingConfig
+
+_finish = jax.jit(decode_lib.finish)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,24 @@ class Response:
   ids: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """A piece of a response that is still being decoded. What was given out is never taken back.
+
+  Attributes:
+    text: what is new; the texts of all chunks together are `Response.text`.
+    tokens, cls_prob, phase: of the new tokens, as in `Response` (tokens that rollback cut are not among them).
+    initial_prob, intervened_at: as in `Response`, as far as is known.
+  """
+
+  text: str
+  tokens: list[str]
+  cls_prob: list[float]
+  phase: list[str]
+  initial_prob: float
+  intervened_at: int
+
+
 class Generator:
   """Asks a model in batches. A prompt's answer depends on the seed, its text and its place, not on its neighbours."""
 
@@ -67,7 +96,9 @@ class Generator:
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt = system_prompt
     self._limit = model.config.max_seq_len
-    self._decode = jax.jit(functools.partial(decode_lib.decode, model))
+    self._decode, self._start, self._advance = (
+        jax.jit(functools.partial(function, model))
+        for function in (decode_lib.decode, decode_lib.start, decode_lib.advance))
 
   def respond(
       self, prompts: list[str], prefixes: list[str] | None = None, max_new_tokens: int | None = None, progress: str = ""
@@ -87,15 +118,7 @@ class Generator:
     if not 0 < limit <= self._max_new_tokens:
       raise ValueError(f"max_new_tokens is {limit}; this generator was made for 1 to {self._max_new_tokens}.")
     prefixes = [""] * len(prompts) if prefixes is None else prefixes
-    rows = [self._encode(prompt) for prompt in prompts]
-    forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
-    for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
-      needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
-      if needed > self._limit:
-        raise ValueError(
-            f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
-            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self._limit}. "
-            "Shorten the prompt or max_new_tokens.")
+    rows, forced = self._encode(prompts, prefixes)
     # Neighbours of like length share a batch, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda i: (len(forced[i]), len(rows[i][0])))
     responses: list[Response | None] = [None] * len(prompts)
@@ -108,23 +131,76 @@ class Generator:
         bar.update(len(chosen))
     return responses
 
-  def _encode(self, prompt):
-    tokens, kinds = chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt)
-    return chat.insert_cls(tokens, kinds, "sft", True)
+  def stream(self, prompt: Any, prefix: str = "", chunk: int = 4) -> Iterator[Chunk]:
+    """Answers one prompt as `respond` does, in pieces of about `chunk` tokens.
+
+    With rollback the tokens of an open alarm are held back until it is false or confirmed: tau - 1 at most where every
+    token is checked.
+
+    Args:
+      prompt: text, or chat messages ending with the user's.
+      prefix: what the response must begin with; it is part of the stream.
+
+    Raises:
+      ValueError: as `respond`; `chunk` is not positive.
+    """
+    if chunk < 1:
+      raise ValueError(f"chunk is {chunk}; expected 1 or more.")
+    inputs = self._inputs(*self._encode([prompt], [prefix]), [0], self._max_new_tokens)
+    state = self._start(self._params, *inputs)
+    text, count = "", 0
+    while True:
+      result, kinds, verdicts, step, done = jax.device_get(
+          (_finish(state), state.kinds, state.verdicts, state.step, state.done.all()))
+      done = bool(done) or step >= result.tokens.shape[1]
+      standing = np.flatnonzero(kinds[0, -result.tokens.shape[1]:] == TokenKind.RESPONSE)
+      may_be_cut = self._safety is not None and self._safety.rollback and verdicts.phase[0] == Phase.ALARM
+      stop = int(verdicts.transition_at[0]) if may_be_cut and not done else len(standing)
+      said = self.tokenizer.decode(result.tokens[0, :stop])
+      if not done:
+        said = said.rstrip("\ufffd")  # A character whose last bytes are still to come.
+      if said != text or stop > count:
+        steps = standing[count:stop]
+        yield Chunk(
+            text=said[len(text):], tokens=[self.tokenizer.decode([t]) for t in result.tokens[0, count:stop]],
+            cls_prob=[float(p) for p in result.cls_prob[0, steps]],
+            phase=[Phase(p).name.lower() for p in result.phase[0, steps]],
+            initial_prob=float(result.initial_prob[0]), intervened_at=int(result.intervened_at[0]))
+      if done:
+        return
+      text, count = said, stop
+      state = self._advance(self._params, *inputs, state, step + chunk)
+
+  def _encode(self, prompts, prefixes):
+    """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
+    rows = [chat.insert_cls(*chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt), "sft", True)
+            for prompt in prompts]
+    forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
+    for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
+      needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
+      if needed > self._limit:
+        raise ValueError(
+            f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
+            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self._limit}. "
+            "Shorten the prompt or max_new_tokens.")
+    return rows, forced
 
   def _batch(self, rows, forced, indices, limit) -> list[Response]:
     # Few shapes are compiled: of batches, and of prefixes, where a prefill attack has more than one length.
     fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)
-    room = -(-max(map(len, forced)) // 64) * 64
-    prompt = decode_lib.pad_prompts(rows + rows[:1] * fill, forced + forced[:1] * fill, prefix_length=room)
-    extra = 0 if self._safety is None else int(self._safety.tau)
-    buffer = -(-(prompt.prefix.shape[1] + self._max_new_tokens + extra) // 32) * 32
-    config = decode_lib.decode_config(
-        self.tokenizer, self._safety, self._sampling, limit, buffer)
-    root = jax.random.key(self._seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray([*indices, *indices[:1] * fill]))
-    result = jax.device_get(self._decode(self._params, prompt, keys, config))
+    inputs = self._inputs(
+        rows + rows[:1] * fill, forced + forced[:1] * fill, [*indices, *indices[:1] * fill], limit)
+    result = jax.device_get(self._decode(self._params, *inputs))
     return [self._read(result, row, forced[row], limit) for row in range(len(rows))]
+
+  def _inputs(self, rows, forced, indices, limit) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:
+    room = -(-max(map(len, forced)) // 64) * 64
+    prompt = decode_lib.pad_prompts(rows, forced, prefix_length=room)
+    extra = 0 if self._safety is None else int(self._safety.tau)
+    buffer = -(-(room + self._max_new_tokens + extra) // 32) * 32
+    config = decode_lib.decode_config(self.tokenizer, self._safety, self._sampling, limit, buffer)
+    root = jax.random.key(self._seed)
+    return prompt, jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(indices)), config
 
   def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int], limit: int) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
@@ -138,3 +214,33 @@ class Generator:
         initial_prob=float(result.initial_prob[row]), intervened_at=int(result.intervened_at[row]),
         leaked=int(result.leaked[row]), evaluations=int(result.evaluations[row]), prefix_tokens=len(prefix),
         ids=tokens.tolist() + [self.tokenizer.eos_token_id] * ended)
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(prog="python -m saess_jax.generate", description="Talks to a trained model.")
+  parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
+  parser.add_argument("--prompt", help="one request; without it a chat, a request a line")
+  parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=True, help="let [CLS] steer")
+  parser.add_argument("--rollback", action="store_true", help="cut what an intervention found malicious")
+  parser.add_argument("--max-new-tokens", type=int, default=128)
+  parser.add_argument("--temperature", type=float, default=0.0)
+  parser.add_argument("--seed", type=int, default=0)
+  options = parser.parse_args(argv)
+  colours = terminal.has_colours(sys.stdout)
+  try:
+    system_prompt = checkpoint.read_config(options.checkpoint).data.system_prompt
+    model, params, tokenizer, safety = checkpoint.load_for_research(options.checkpoint)
+    generator = Generator(
+        model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
+        SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, system_prompt, options.seed)
+    if options.prompt is None:
+      sys.stderr.write("A request a line; /new forgets the chat, end with Ctrl-D.\n")
+      terminal.converse(generator, sys.stdin, sys.stdout, colours)
+    else:
+      terminal.show(generator.stream(options.prompt), sys.stdout, colours)
+  except (ValueError, FileNotFoundError) as error:
+    parser.error(str(error))
+
+
+if __name__ == "__main__":
+  main()

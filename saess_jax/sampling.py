@@ -1,4 +1,4 @@
-"""Choosing the next token. Axes: B batch, V vocab."""
+"""Choosing the next token. Axes: B batch, T tokens so far, V vocab."""
 
 from __future__ import annotations
 
@@ -9,38 +9,55 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class SamplingConfig:
-  """A pytree of scalars, all of which may be traced: another temperature compiles nothing new."""
+  """A pytree of scalars, all of which may be traced: another temperature compiles nothing new.
+
+  Meaning and order are those of transformers: penalty, temperature, top-k, top-p, min-p.
+  """
 
   temperature: float = 0.0  # 0: greedy.
   top_k: int = 0  # Most likely tokens kept; 0: all.
   top_p: float = 1.0  # Probability mass kept, most likely first; 1: all.
+  min_p: float = 0.0  # Share of the most likely token's probability that a token must have; 0: all are kept.
+  repetition_penalty: float = 1.0  # Divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
 
 
-def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Array:
+def sample(
+    logits: jax.Array, keys: jax.Array, config: SamplingConfig, tokens: jax.Array, counted: jax.Array) -> jax.Array:
   """One token a row, int32 [B].
 
   Args:
     logits: float32 [B, V].
     keys: [B] PRNG keys, one a row, so that a row's choice does not depend on its neighbours.
-    config: top-k first, then top-p on what is left, both after the temperature.
+    config: see there.
+    tokens: int32 [B, T], prompt and response, read for the penalty alone.
+    counted: bool [B, T], which of them stand ([CLS], padding and what was cut do not).
   """
+  logits = jax.lax.cond(
+      config.repetition_penalty != 1, lambda: _penalize(logits, tokens, counted, config.repetition_penalty),
+      lambda: logits)
   greedy = lambda: jnp.argmax(logits, axis=-1)
 
   def drawn():
     scaled = logits / config.temperature
     limited = jax.lax.cond(
-        (config.top_k > 0) | (config.top_p < 1), lambda: _limit(scaled, config), lambda: scaled)
+        (config.top_k > 0) | (config.top_p < 1) | (config.min_p > 0), lambda: _limit(scaled, config), lambda: scaled)
     return jax.vmap(jax.random.categorical)(keys, limited)
 
   return jax.lax.cond(config.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
+def _penalize(logits: jax.Array, tokens: jax.Array, counted: jax.Array, penalty: jax.Array) -> jax.Array:
+  occurred = jnp.zeros(logits.shape, bool).at[jnp.arange(len(tokens))[:, None], tokens].max(counted)
+  return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def _limit(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-  """-inf at all tokens but those that top-k and top-p keep; the most likely one always stays."""
+  """-inf at all tokens but those that top-k, top-p and min-p keep; the most likely one always stays."""
   descending = -jnp.sort(-logits, axis=-1)
   rank = jnp.arange(logits.shape[-1])
   kept = (rank < config.top_k) | (config.top_k <= 0)
   probability = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=-1)
   kept &= jnp.cumsum(probability, axis=-1) - probability < config.top_p
+  kept &= descending - descending[:, :1] >= jnp.log(config.min_p)
   lowest = jnp.min(jnp.where(kept.at[:, 0].set(True), descending, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -77,6 +77,10 @@ def check(config: TrainConfig) -> None:
         f"cls_sees_response is {config.cls_sees_response!r}; expected one of {', '.join(masks.CLS_SEES_RESPONSE)}.")
   if config.stage == "pretrain" and config.probes.per_sequence:
     raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
+  if config.data.responses == "rollouts" and not config.rollouts.enabled:
+    raise ValueError(
+        "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
+        "data.responses to 'all'.")
   for name in ("epochs", "keep_last"):
     if getattr(config, name) < 1:
       raise ValueError(f"{name} is {getattr(config, name)}; expected 1 or more.")

@@ -28,21 +28,18 @@ def test_several_files_keep_their_order_and_name(tmp_path):
       ("a", 1, "one.jsonl"), ("b", 0, "one.jsonl"), ("c", 1, "two.txt"), ("  d e", 1, "two.txt")]
 
 
-@pytest.mark.parametrize("column", ["prompt", "goal", "behavior", "Behavior", "instruction", "question", "PROMPT"])
-def test_prompt_column_names(tmp_path, column):
-  path = write(tmp_path / "a.csv", f"id,{column}\n7,text\n")
-  assert sources.read_rows(path, default_label=0)[0].prompt == "text"
+@pytest.mark.parametrize("columns, field", [
+    *((name, "prompt") for name in ("prompt", "goal", "behavior", "Behavior", "instruction", "question", "PROMPT")),
+    *((f"prompt,{name}", "response") for name in ("response", "output", "answer", "refusal", "Safe_Response"))])
+def test_column_names(tmp_path, columns, field):
+  values = ["p"] * columns.count(",") + ["text"]
+  path = write(tmp_path / "a.csv", f"{columns},id\n{','.join(values)},7\n")
+  assert getattr(sources.read_rows(path, default_label=0)[0], field) == "text"
 
 
 def test_first_prompt_column_in_the_documented_order_wins(tmp_path):
   path = write(tmp_path / "a.csv", "question,goal\nq,g\n")
   assert sources.read_rows(path, default_label=0)[0].prompt == "g"
-
-
-@pytest.mark.parametrize("column", ["response", "output", "answer", "refusal", "Safe_Response"])
-def test_response_column_names(tmp_path, column):
-  path = write(tmp_path / "a.csv", f"prompt,{column}\np,text\n")
-  assert sources.read_rows(path, default_label=0)[0].response == "text"
 
 
 def test_alpaca_input_belongs_to_the_prompt(tmp_path):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from saess_jax import config, decode, generate, hf, model, policy, sampling
 from saess_jax.config import SafetyConfig
@@ -45,7 +46,7 @@ def run(
 
 def pivot(params, quantile=0.5):
   """A threshold that some verdicts of these rows pass and others do not."""
-  out = run(params, SafetyConfig(threshold=2.0))
+  out = run(params, SafetyConfig(threshold=1.0))
   return float(np.nanquantile(np.concatenate([out.initial_prob, np.ravel(out.cls_prob)]), quantile))
 
 
@@ -84,7 +85,7 @@ def test_the_decoder_does_what_the_policy_says_of_its_verdicts(tiny_params, depe
 
 def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
   """Cached equals uncached, with safety on: layer by layer K and V of every token hold the CLS it saw when new."""
-  safety = SafetyConfig(r1=4, r2=5, r3=4, threshold=2.0)
+  safety = SafetyConfig(r1=4, r2=5, r3=4, threshold=1.0)
   out = run(tiny_params, safety, rows=ROWS[:1])
   tokens, kinds = ROWS[0]
   response = out.tokens[0, : out.lengths[0]].tolist()
@@ -132,7 +133,7 @@ def test_rollback_reaches_into_a_prefix(tiny_params):
 
 
 def test_a_prefix_that_is_not_swept_is_not_judged(tiny_params):
-  out = run(tiny_params, SafetyConfig(threshold=2.0, sweep_prefill=False), prefixes=[[5] * 6] * 3)
+  out = run(tiny_params, SafetyConfig(threshold=1.0, sweep_prefill=False), prefixes=[[5] * 6] * 3)
   judged = ~np.isnan(out.cls_prob)
   assert not judged[:, :6].any() and judged[:, 6].all()
 
@@ -155,17 +156,21 @@ def test_compiled_once_for_all_numbers(tiny_params):
   prompt = decode.pad_prompts(ROWS)
   for tokens, safety, how in [
       (5, SafetyConfig(), SamplingConfig()), (24, SafetyConfig(r1=3, r2=4, r3=5, tau=2, threshold=0.3), SAMPLING),
-      (9, SafetyConfig(schedule="annealing", rollback=True, rule2_keeps_query=True), SamplingConfig(1.0, 5, 0.5)),
+      (9, SafetyConfig(schedule="annealing", rollback=True, rule2_keeps_query=True),
+       SamplingConfig(1.0, 5, 0.5, 0.1, 1.2)),
       (9, SafetyConfig(schedule=np.ones(48, bool)), SamplingConfig(1.0))]:
     made = decode.decode_config(Words(), safety, how, tokens, buffer=48)
     fresh(tiny_params, prompt, jax.random.key(0), made.replace(safety=safety.replace(schedule="each")))
   assert fresh._cache_size() == 1
 
 
-def test_sampling_keeps_what_top_k_and_top_p_keep():
+NOTHING = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool)  # Tokens so far, none of which counts.
+
+
+def test_sampling_keeps_what_top_k_top_p_and_min_p_keep():
   logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.1]]))
   def seen(how):
-    draw = jax.jit(lambda key: sampling.sample(logits, key[None], how)[0])
+    draw = jax.jit(lambda key: sampling.sample(logits, key[None], how, *NOTHING)[0])
     return set(np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 400))).tolist())
   assert seen(SamplingConfig()) == {0}
   assert seen(SamplingConfig(1.0)) == {0, 1, 2, 3}
@@ -174,6 +179,45 @@ def test_sampling_keeps_what_top_k_and_top_p_keep():
   assert seen(SamplingConfig(1.0, top_p=0.8)) == {0, 1, 2}
   assert seen(SamplingConfig(1.0, top_k=3, top_p=0.6)) == {0, 1}
   assert seen(SamplingConfig(1.0, top_p=0.0)) == {0}
+  assert seen(SamplingConfig(1.0, min_p=0.4)) == {0, 1}
+  assert seen(SamplingConfig(1.0, min_p=0.25)) == {0, 1, 2}
+  assert seen(SamplingConfig(1.0, min_p=1.0)) == {0}
+
+
+def test_penalty_is_on_what_occurred_and_stands():
+  logits = jnp.asarray([[2.0, 1.5, -1.0, -1.5]] * 2)
+  tokens, counted = jnp.asarray([[0, 0, 3], [0, 2, 1]]), jnp.asarray([[True, True, True], [False, True, True]])
+  pick = lambda penalty: sampling.sample(
+      logits, jax.random.split(jax.random.key(0), 2), SamplingConfig(repetition_penalty=penalty), tokens,
+      counted).tolist()
+  assert pick(1.0) == [0, 0] and pick(2.0) == [1, 0] and pick(0.5) == [0, 1]
+  np.testing.assert_allclose(
+      sampling._penalize(logits, tokens, counted, 2.0), [[1.0, 1.5, -1.0, -3.0], [2.0, 0.75, -2.0, -1.5]])
+
+
+def test_limits_are_those_of_transformers():
+  torch = pytest.importorskip("torch", reason="transformers' processors need it")
+  process = transformers.generation.logits_process
+  logits = np.random.default_rng(0).normal(scale=3, size=(4, 64)).astype(np.float32)
+  tokens = np.random.default_rng(1).integers(0, 64, (4, 9))
+  for penalty, top_k, top_p, min_p in [(1.3, 5, 0.9, 0.1), (0.7, 64, 0.5, 0.3), (1.1, 20, 0.99, 0.01)]:
+    how = SamplingConfig(0.7, top_k, top_p, min_p, penalty)
+    expected = torch.tensor(logits)
+    for processor in (
+        process.RepetitionPenaltyLogitsProcessor(penalty), process.TemperatureLogitsWarper(0.7),
+        process.TopKLogitsWarper(top_k), process.TopPLogitsWarper(top_p), process.MinPLogitsWarper(min_p)):
+      expected = processor(torch.tensor(tokens), expected)
+    ours = sampling._limit(sampling._penalize(logits, tokens, np.ones_like(tokens, bool), penalty) / 0.7, how)
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
+
+
+def test_a_penalty_keeps_the_decoder_from_repeating(tiny_params):
+  plain = run(tiny_params, None, sampling_config=SamplingConfig())
+  never = run(tiny_params, None, sampling_config=SamplingConfig(repetition_penalty=1e9))
+  length = int(never.lengths[0])
+  said = never.tokens[0, :length].tolist()
+  assert len(set(said)) == length and not set(said) & set(ROWS[0][0].tolist())
+  assert len(set(plain.tokens[0].tolist())) < length  # The tiny model does repeat itself.
 
 
 def test_generator_gives_text_back_in_order(tiny_params):

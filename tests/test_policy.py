@@ -124,6 +124,11 @@ def test_bad_schedules(bad, message):
     schedule.as_array(bad, 4)
 
 
-def test_bad_dependency():
-  with pytest.raises(ValueError, match="expected one of low, medium, high"):
-    SafetyConfig(dependency="strong")
+@pytest.mark.parametrize("changes, message", [
+    ({"dependency": "strong"}, "expected one of low, medium, high"),
+    ({"r2": -1}, "r2 is -1; expected 0 to inf"), ({"tau": 0}, "tau is 0; expected 1 to inf"),
+    ({"threshold": 1.5}, "threshold is 1.5; expected 0 to 1"),
+    ({"threshold": float("nan")}, "threshold is nan; expected 0 to 1")])
+def test_bad_settings(changes, message):
+  with pytest.raises(ValueError, match=message):
+    SafetyConfig(**changes)

@@ -1,0 +1,81 @@
+"""A model in the terminal: text coloured by P(malicious), with the verdicts where they fell."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+RESET = "\x1b[0m"
+
+
+def has_colours(stream: TextIO) -> bool:
+  """A terminal whose user did not ask for none (https://no-color.org)."""
+  return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def colour(text: str, probability: float) -> str:
+  """`text` from green (0) to red (1); grey where [CLS] was not asked (NaN)."""
+  if math.isnan(probability):
+    return f"\x1b[38;2;140;140;140m{text}{RESET}"
+  red, green = round(60 + 170 * probability), round(60 + 130 * (1 - probability))
+  return f"\x1b[38;2;{red};{green};80m{text}{RESET}"
+
+
+def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
+  """Writes a response while it is decoded.
+
+  Args:
+    chunks: of `generate.Generator.stream`.
+
+  Returns:
+    The whole response.
+  """
+  said, intervened = "", False
+  for chunk in chunks:
+    if not said and not math.isnan(chunk.initial_prob):
+      stream.write(f"[query: P(malicious) {chunk.initial_prob:.2f}]\n")
+    if chunk.intervened_at >= 0 and not intervened:
+      where = "by the query" if chunk.intervened_at == 0 else f"after token {chunk.intervened_at}"
+      stream.write(f"[intervention {where}]\n" if chunk.intervened_at == 0 else f" [intervention {where}] ")
+      intervened = True
+    stream.write("".join(_coloured(chunk)) if colours else chunk.text)
+    stream.flush()
+    said += chunk.text
+  stream.write("\n")
+  return said
+
+
+def _coloured(chunk: Any) -> Iterator[str]:
+  """The chunk's text cut where its tokens end; pieces that hold half a character go with their neighbours."""
+  rest = chunk.text
+  for token, probability in zip(chunk.tokens, chunk.cls_prob):
+    if rest.startswith(token):
+      yield colour(token, probability)
+      rest = rest[len(token):]
+  yield rest
+
+
+def converse(generator: Any, requests: Iterable[str], stream: TextIO, colours: bool) -> None:
+  """A chat: every request is answered with the turns before it in sight.
+
+  Args:
+    generator: a `generate.Generator`.
+    requests: lines of the user; an empty one is passed over, "/new" forgets the turns so far.
+  """
+  messages: list[dict[str, str]] = []
+  for line in requests:
+    request = line.strip()
+    if request == "/new":
+      messages = []
+    if not request or request == "/new":
+      continue
+    messages.append({"role": "user", "content": request})
+    try:
+      said = show(generator.stream(messages), stream, colours)
+    except ValueError as error:  # Too long a chat: say so and let the user start another.
+      stream.write(f"{error} Begin anew with /new.\n")
+      messages.pop()
+      continue
+    messages.append({"role": "assistant", "content": said if said.strip() else "..."})

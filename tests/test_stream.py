@@ -1,0 +1,120 @@
+"""Streams equal whole responses, take nothing back, and the terminal shows them."""
+
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from saess_jax import config, decode, generate, hf, model, terminal
+from saess_jax.config import SafetyConfig
+from saess_jax.sampling import SamplingConfig
+
+TINY = config.model_config("tiny", scan_layers=False)
+
+
+def make(params, safety, **changes):
+  return generate.Generator(
+      model.Llama(TINY), params, hf.byte_tokenizer(), safety, SamplingConfig(temperature=0.9), max_new_tokens=40,
+      batch_size=1, **changes)
+
+
+def pivot(params):
+  """A threshold that about half of the verdicts on windows pass, and the query's does not."""
+  response = make(params, SafetyConfig(threshold=1.0)).respond(["how do I bake?"])[0]
+  return max(response.initial_prob + 1e-4, float(np.nanquantile(response.cls_prob, 0.5)))
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("prefix", ["", "Sure, "])
+@pytest.mark.parametrize("tau", [1, 4])
+def test_a_stream_is_the_response_in_pieces(tiny_params, rollback, prefix, tau):
+  safety = SafetyConfig(threshold=pivot(tiny_params), tau=tau, rollback=rollback)
+  generator = make(tiny_params, safety)
+  whole = generator.respond(["how do I bake?"], [prefix])[0]
+  for chunk in (1, 3, 64):
+    pieces = list(generator.stream("how do I bake?", prefix, chunk))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].intervened_at == whole.intervened_at and pieces[0].initial_prob == whole.initial_prob
+    assert sum(len(piece.tokens) for piece in pieces) == sum(len(piece.cls_prob) for piece in pieces)
+  assert generator._advance._cache_size() == 1
+  if tau == 1:
+    assert whole.intervened_at > 0  # The case is not empty: something was cut, or would have been.
+
+
+def test_plain_streams_ask_no_verdicts(tiny_params):
+  generator = make(tiny_params, None)
+  pieces = list(generator.stream("hello"))
+  assert "".join(piece.text for piece in pieces) == generator.respond(["hello"])[0].text
+  assert all(np.isnan(p) for piece in pieces for p in piece.cls_prob)
+  with pytest.raises(ValueError, match="chunk is 0"):
+    next(generator.stream("hello", chunk=0))
+
+
+def test_pieces_are_a_whole(tiny_params):
+  """start, advance by uneven steps and finish are decode."""
+  llama, safety = model.Llama(TINY), SafetyConfig(threshold=0.5)
+  prompt = decode.pad_prompts([(np.asarray([5, 6, 0, 7]), np.asarray([2, 3, 1, 4]))] * 2)
+  how = decode.decode_config(hf.byte_tokenizer(), safety, SamplingConfig(1.0), 20)
+  key = jax.random.key(3)
+  state = decode.start(llama, tiny_params, prompt, key, how)
+  for until in (1, 2, 9, 9, 400):
+    state = decode.advance(llama, tiny_params, prompt, key, how, state, until)
+  jax.tree.map(
+      np.testing.assert_array_equal, decode.finish(state), decode.decode(llama, tiny_params, prompt, key, how))
+
+
+def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25):
+  return generate.Chunk(text, tokens, probabilities, ["benign"] * len(tokens), initial, intervened_at)
+
+
+def test_terminal_text():
+  out = io.StringIO()
+  said = terminal.show(
+      [piece("The ", ["The", " "], [0.0, 1.0]), piece("wa", ["wa"], [0.9], 3), piece("y", ["y"], [float("nan")], 3)],
+      out, colours=False)
+  assert said == "The way"
+  assert out.getvalue() == "[query: P(malicious) 0.25]\nThe  [intervention after token 3] way\n"
+  out = io.StringIO()
+  terminal.show([piece("ab", ["a", "b"], [0.0, 1.0], 0)], out, colours=True)
+  assert out.getvalue() == (
+      "[query: P(malicious) 0.25]\n[intervention by the query]\n"
+      "\x1b[38;2;60;190;80ma\x1b[0m\x1b[38;2;230;60;80mb\x1b[0m\n")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """The workdir of a run of one step."""
+  folder = tmp_path_factory.mktemp("run")
+  rows = [{"prompt": f"request {i}", "response": "no", "label": i % 2} for i in range(40)]
+  (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  from saess_jax import train
+  train.train_and_evaluate(config.TrainConfig(
+      model="tiny", model_overrides={"vocab_size": 260}, max_steps=1, rollouts=config.RolloutConfig(enabled=False),
+      data=config.DataConfig(
+          source=str(folder / "rows.jsonl"), max_length=128, max_response=8, buckets=(128,), batch_size=8),
+      mesh=config.MeshConfig(1, 1, 1) if jax.device_count() == 1 else config.MeshConfig()), folder / "run")
+  return folder / "run"
+
+
+def ask(*arguments, stdin=""):
+  return subprocess.run(
+      [sys.executable, "-m", "saess_jax.generate", *arguments], input=stdin, capture_output=True, text=True,
+      timeout=300, check=False)
+
+
+def test_command_line(trained):
+  one = ask("--checkpoint", str(trained), "--prompt", "hello", "--max-new-tokens", "8")
+  assert one.returncode == 0 and one.stdout.startswith("[query: P(malicious) 0."), one.stderr
+  assert "\x1b" not in one.stdout  # No terminal, no colours.
+  chat = ask("--checkpoint", str(trained), "--no-safety", "--max-new-tokens", "8", stdin="hello\n\nand?\n/new\nhello\n")
+  answers = chat.stdout.split("\n")
+  assert chat.returncode == 0 and "query" not in chat.stdout and answers[0] == answers[2] != ""
+  missing = ask("--checkpoint", str(trained / "nowhere"), "--prompt", "hello")
+  assert missing.returncode == 2 and "expected the --workdir of a training run" in missing.stderr
+  assert "Traceback" not in missing.stderr
+  empty = ask("--checkpoint", str(trained), "--prompt", " ")
+  assert empty.returncode == 2 and "expected text" in empty.stderr
