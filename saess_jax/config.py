@@ -46,7 +46,10 @@ class ModelConfig:
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
   sliding_window: int | None = None  # Tokens a row can look back on, itself included (Mistral v0.1); None: all.
-  dtype: str = "float32"  # Of activations and matrix products; softmax and norms are float32 always.
+  dtype: str = "float32"  # Of activations; softmax and norms are float32 always.
+  # What weight products read, summed in float32; "": dtype. "bfloat16" beside float32 activations is autocast: on a CPU
+  # with bfloat16 instructions such products cost half.
+  matmul_dtype: str = ""
   param_dtype: str = "float32"
   scan_layers: bool = True  # One stacked layer under `nn.scan` (training); False: `layers_0`, `layers_1`, ...
   remat: bool = False  # Recompute each layer's activations in the backward pass.

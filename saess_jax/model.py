@@ -20,6 +20,7 @@ Any projection also takes a low-rank update from the collection "lora" (`adapter
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -53,6 +54,40 @@ class Output:
   cache: Any = None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x: jax.Array, kernel: jax.Array, axes: int, dtype: str) -> jax.Array:
+  """The product of x's last `axes` axes with the kernel's first, of operands rounded to `dtype` and summed in float32.
+
+  The two products of the backward pass read `dtype` too, which automatic differentiation would not do: the cotangent of
+  a float32 sum is float32, and a product of two dtypes runs in the wider one.
+
+  Returns:
+    [..., the kernel's other axes] in x's dtype.
+  """
+  return _product(x, kernel, dtype, range(x.ndim - axes, x.ndim), range(axes)).astype(x.dtype)
+
+
+def _product(a, b, dtype, a_axes, b_axes):
+  dtype = dtype_of(dtype)
+  return jax.lax.dot_general(
+      a.astype(dtype), b.astype(dtype), ((tuple(a_axes), tuple(b_axes)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _contract_forward(x, kernel, axes, dtype):
+  return contract(x, kernel, axes, dtype), (x.astype(dtype_of(dtype)), kernel, jnp.zeros((), x.dtype))
+
+
+def _contract_backward(axes, dtype, saved, cotangent):
+  x, kernel, like = saved
+  batch, free = x.ndim - axes, kernel.ndim - axes
+  to_x = _product(cotangent, kernel, dtype, range(batch, batch + free), range(axes, kernel.ndim))
+  to_kernel = _product(x, cotangent, dtype, range(batch), range(batch))
+  return to_x.astype(like.dtype), to_kernel.astype(kernel.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) * scale, in float32."""
 
@@ -83,7 +118,7 @@ class Projection(nn.Module):
     fan_in = math.prod(self.shape[: self.contracted])
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), self.axes)
     kernel = self.param("kernel", init, self.shape, dtype_of(self.config.param_dtype))
-    out = jnp.tensordot(x, kernel.astype(x.dtype), self.contracted)
+    out = contract(x, kernel, self.contracted, self.config.matmul_dtype or self.config.dtype)
     if self.has_variable("lora", "a"):
       a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
       out += jnp.tensordot(jnp.tensordot(x, a, self.contracted), b, 1)

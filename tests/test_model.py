@@ -176,6 +176,31 @@ def test_bfloat16_compute_keeps_float32_logits_and_stays_near(tiny_params):
   assert jnp.abs(low.logits - high.logits).mean() < 0.05 * jnp.abs(high.logits).mean()
 
 
+def test_contract_reads_bfloat16_and_sums_in_float32_forward_and_backward():
+  x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 3, 4)), jax.random.normal(jax.random.key(1), (3, 4, 6, 7))
+  cotangent = jax.random.normal(jax.random.key(2), (2, 5, 6, 7))
+  plain = lambda x, kernel: jnp.tensordot(x, kernel, 2)
+  out, pull = jax.vjp(plain, x, kernel)
+  ours, ours_pull = jax.vjp(lambda x, kernel: model.contract(x, kernel, 2, "float32"), x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (ours, *ours_pull(cotangent)),
+               (out, *pull(cotangent)))
+  # In bfloat16: each of the three products is the float32 product of its rounded operands.
+  rounded = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
+  low, low_pull = jax.vjp(lambda x, kernel: model.contract(x, kernel, 2, "bfloat16"), x, kernel)
+  to_x, to_kernel = low_pull(cotangent)
+  wanted, pull = jax.vjp(plain, rounded(x), rounded(kernel))
+  np.testing.assert_allclose(low, wanted, rtol=1e-5, atol=1e-5)
+  for got, want in zip((to_x, to_kernel), pull(rounded(cotangent))):
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  # And no product reads anything wider, which is the point of it.
+  backward = jax.make_jaxpr(lambda x, kernel, g: jax.vjp(
+      lambda *inputs: model.contract(*inputs, 2, "bfloat16"), x, kernel)[1](g))(x, kernel, cotangent)
+  products = [e for e in jax.tree.leaves(backward.jaxpr.eqns) if e.primitive.name == "dot_general"]
+  assert len(products) >= 2
+  assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype("bfloat16")}
+
+
 def test_sliding_window_is_a_band(tiny_params):
   out = apply(tiny_params, TINY.replace(sliding_window=4))
   row, column = jnp.arange(12)[:, None], jnp.arange(12)
