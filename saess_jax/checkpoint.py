@@ -203,4 +203,4 @@ def load_for_research(
   if "lora" in trained:
     params = adapters.merge_lora(params, trained["lora"])
   params = jax.tree.map(jnp.asarray, model_lib.unstack_layers(params))
-  return model_lib.Llama(shape.replace(dtype="float32", matmul_dtype="")), params, tokenizer, config.safety
+  return model_lib.Llama(shape.replace(dtype="float32")), params, tokenizer, config.safety

@@ -238,6 +238,7 @@ class TrainConfig:
   header_sees_cls: bool = True
   cls_sees_response: str = "none"  # none | benign | malicious | all; all but "none" leak (masks.py).
   seed: int = 0
+  matmul_dtype: str = ""  # Of the weight products in training (ModelConfig.matmul_dtype); decoding keeps the model's.
   frozen_layers: int = 0  # Lowest layers that stay as they are, and the embeddings (also [CLS]'s) with them.
   epochs: int = 1
   max_steps: int = 0  # 0: as many as the epochs hold.

@@ -1,8 +1,8 @@
 """The decoder: one `lax.while_loop` that asks [CLS] after every token and steers by the answer.
 
-Each step runs two query rows, [CLS, newest token], through the layers together, so that re-evaluating [CLS] costs no
-second pass over the weights. Buffers are static and every row of a batch takes one cache slot a step; a token that is
-cut by rollback becomes PAD where it lies, so nothing is ever moved.
+A step at which a verdict is due runs two query rows, [CLS, newest token], through the layers together, so that
+re-evaluating [CLS] costs no second pass over the weights. Buffers are static and every row of a batch takes one cache
+slot a step; a token that is cut by rollback becomes PAD where it lies, so nothing is ever moved.
 
 What comes next in a row is, in this order: the rest of the caller's response prefix, the refusal prefix once the policy
 has intervened, a sampled token. All of them pass through the same step and are judged alike.
@@ -274,31 +274,37 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
   text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
   position = jnp.sum(text, axis=1)  # The newest token's: all others count from 1.
 
+  sees_cls = jnp.full(alive.shape, config.safety is not None)
+
+  def run(cls_sees: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
+    """The newest token's row, and with `cls_sees` that of [CLS] before it: (hidden [B, D], cls_logit [B], cache)."""
+    rows = [TokenKind.RESPONSE] if cls_sees is None else [TokenKind.CLS, TokenKind.RESPONSE]
+    row_kinds = jnp.broadcast_to(jnp.asarray(rows), (len(alive), len(rows)))
+    is_token = row_kinds == TokenKind.RESPONSE
+    visible = text[:, None] if cls_sees is None else jnp.concatenate([cls_sees, text[:, None]], axis=1)
+    out = model.apply(
+        {"params": params}, jnp.where(is_token, s.token[:, None], 0), kinds=row_kinds,
+        positions=jnp.where(is_token, position[:, None], 0), cache=s.cache,
+        step=Step(slot=slot, visible=visible, refresh=wanted, sees_cls=sees_cls))
+    return out.hidden[:, -1], out.cls_logit, out.cache
+
   if config.safety is None:
     wanted = jnp.zeros_like(alive)
-    inputs, row_kinds = s.token[:, None], jnp.full((len(alive), 1), TokenKind.RESPONSE)
-    positions, visible = position[:, None], text[:, None]
+    hidden, cls_logit, cache = run(None)
   else:
     scheduled = config.schedule[jnp.minimum(t, config.buffer - 1)]
     judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
     wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive & judged
     window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
-    inputs = jnp.stack([jnp.zeros_like(s.token), s.token], axis=1)
-    row_kinds = jnp.full((len(alive), 2), TokenKind.RESPONSE)
-    row_kinds = row_kinds.at[:, 0].set(TokenKind.CLS)
-    positions = jnp.stack([jnp.zeros_like(position), position], axis=1)
-    visible = jnp.concatenate([window, text[:, None]], axis=1)
+    # A step at which no row's verdict is due runs without the [CLS] rows.
+    hidden, cls_logit, cache = jax.lax.cond(jnp.any(wanted), lambda: run(window), lambda: run(None))
 
-  sees_cls = jnp.full(alive.shape, config.safety is not None)
-  out = model.apply(
-      {"params": params}, inputs, kinds=row_kinds, positions=positions, cache=s.cache,
-      step=Step(slot=slot, visible=visible, refresh=wanted, sees_cls=sees_cls))
   result = s.result.replace(
       step_tokens=s.result.step_tokens.at[:, s.step].set(jnp.where(alive, s.token, 0)),
       steps=s.result.steps + alive, evaluations=s.result.evaluations + wanted)
   count, verdicts = t + alive, s.verdicts
   if config.safety is not None:
-    prob = jax.nn.sigmoid(out.cls_logit)
+    prob = jax.nn.sigmoid(cls_logit)
     verdicts = policy.update(s.verdicts, t, prob, wanted, config.safety)
     convicted = (verdicts.intervened_at > 0) & (s.verdicts.intervened_at < 0)
     cut = convicted & config.safety.rollback
@@ -310,8 +316,8 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
         cls_prob=result.cls_prob.at[:, s.step].set(jnp.where(wanted, prob, jnp.nan)),
         phase=result.phase.at[:, s.step].set(jnp.where(alive, verdicts.phase, 0)))
   state = s.replace(
-      step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=out.cache)
-  return _choose(prompt, keys, config, state, _logits(params, out.hidden[:, -1]))
+      step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=cache)
+  return _choose(prompt, keys, config, state, _logits(params, hidden))
 
 
 def _logits(params: Params, hidden: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 What rollouts, evaluation and attacks have in common. For the arrays themselves call `decode.decode`.
 
-  python -m saess_jax.generate --checkpoint RUN                      a chat in the terminal
+  python -m saess_jax.generate --checkpoint RUN chat                 a chat in the terminal, also without the word
   python -m saess_jax.generate --checkpoint RUN --prompt "..."       one answer
   python -m saess_jax.generate --checkpoint RUN --no-safety          the same weights, nothing intervenes
 """
@@ -32,6 +32,14 @@ from saess_jax.policy import Phase
 from saess_jax.sampling import SamplingConfig
 
 _finish = jax.jit(decode_lib.finish)
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(model: Llama):
+  """decode, start and advance of `model`, shared by all its generators: other settings compile nothing new."""
+  return tuple(
+      jax.jit(functools.partial(function, model))
+      for function in (decode_lib.decode, decode_lib.start, decode_lib.advance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +79,13 @@ class Chunk:
 
   Attributes:
     text: what is new; the texts of all chunks together are `Response.text`.
-    tokens, cls_prob, phase: of the new tokens, as in `Response` (tokens that rollback cut are not among them).
+    ids, cls_prob, phase: of the new tokens, as in `Response` (tokens that rollback cut are not among them).
+    tokens: what each of them adds to `text`: one that holds part of a character adds nothing, the last part all of it.
     initial_prob, intervened_at: as in `Response`, as far as is known.
   """
 
   text: str
+  ids: list[int]
   tokens: list[str]
   cls_prob: list[float]
   phase: list[str]
@@ -96,9 +106,7 @@ class Generator:
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt = system_prompt
     self._limit = model.config.max_seq_len
-    self._decode, self._start, self._advance = (
-        jax.jit(functools.partial(function, model))
-        for function in (decode_lib.decode, decode_lib.start, decode_lib.advance))
+    self._decode, self._start, self._advance = _jitted(model)
 
   def respond(
       self, prompts: list[str], prefixes: list[str] | None = None, max_new_tokens: int | None = None, progress: str = ""
@@ -132,7 +140,7 @@ class Generator:
     return responses
 
   def stream(self, prompt: Any, prefix: str = "", chunk: int = 4) -> Iterator[Chunk]:
-    """Answers one prompt as `respond` does, in pieces of about `chunk` tokens.
+    """Answers one prompt as `respond` does, in pieces of about `chunk` tokens; the last one may hold no text.
 
     With rollback the tokens of an open alarm are held back until it is false or confirmed: tau - 1 at most where every
     token is checked.
@@ -154,22 +162,30 @@ class Generator:
           (_finish(state), state.kinds, state.verdicts, state.step, state.done.all()))
       done = bool(done) or step >= result.tokens.shape[1]
       standing = np.flatnonzero(kinds[0, -result.tokens.shape[1]:] == TokenKind.RESPONSE)
-      may_be_cut = self._safety is not None and self._safety.rollback and verdicts.phase[0] == Phase.ALARM
-      stop = int(verdicts.transition_at[0]) if may_be_cut and not done else len(standing)
-      said = self.tokenizer.decode(result.tokens[0, :stop])
-      if not done:
-        said = said.rstrip("\ufffd")  # A character whose last bytes are still to come.
-      if said != text or stop > count:
-        steps = standing[count:stop]
+      stop = len(standing) if done or not self._may_cut(verdicts.phase[0]) else int(verdicts.transition_at[0])
+      ids, pieces = result.tokens[0, :stop].tolist(), []
+      while not done and len(ids) > count and self.tokenizer.decode(ids).endswith("\ufffd"):
+        ids.pop()  # Part of a character, the rest of which is still to come.
+      for end in range(count + 1, len(ids) + 1):
+        said = self.tokenizer.decode(ids[:end])
+        pieces.append(said[len(text):] if end == len(ids) else said.rstrip("\ufffd")[len(text):])
+        text += pieces[-1]
+      if done or pieces:
+        steps = standing[count : len(ids)]
         yield Chunk(
-            text=said[len(text):], tokens=[self.tokenizer.decode([t]) for t in result.tokens[0, count:stop]],
+            text="".join(pieces), ids=ids[count:], tokens=pieces,
             cls_prob=[float(p) for p in result.cls_prob[0, steps]],
             phase=[Phase(p).name.lower() for p in result.phase[0, steps]],
             initial_prob=float(result.initial_prob[0]), intervened_at=int(result.intervened_at[0]))
       if done:
         return
-      text, count = said, stop
+      count = len(ids)
       state = self._advance(self._params, *inputs, state, step + chunk)
+
+  def _may_cut(self, phase: int) -> bool:
+    """Whether rollback may still take the tokens of an open alarm back."""
+    safety = self._safety
+    return safety is not None and safety.rollback and safety.dependency != "low" and phase == Phase.ALARM
 
   def _encode(self, prompts, prefixes):
     """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
@@ -219,10 +235,12 @@ class Generator:
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m saess_jax.generate", description="Talks to a trained model.")
   parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
-  parser.add_argument("--prompt", help="one request; without it a chat, a request a line")
+  what = parser.add_mutually_exclusive_group()
+  what.add_argument("--prompt", help="one request; without it a chat, a request a line")
+  what.add_argument("mode", nargs="?", choices=["chat"], help="the default")
   parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=True, help="let [CLS] steer")
   parser.add_argument("--rollback", action="store_true", help="cut what an intervention found malicious")
-  parser.add_argument("--max-new-tokens", type=int, default=128)
+  parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128)
   parser.add_argument("--temperature", type=float, default=0.0)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args(argv)
@@ -234,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
         SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, system_prompt, options.seed)
     if options.prompt is None:
-      sys.stderr.write("A request a line; /new forgets the chat, end with Ctrl-D.\n")
+      sys.stderr.write("A request a line; /new forgets the chat, /quit or Ctrl-D ends it.\n")
       terminal.converse(generator, sys.stdin, sys.stdout, colours)
     else:
       terminal.show(generator.stream(options.prompt), sys.stdout, colours)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,15 @@ class SamplingConfig:
   top_p: float = 1.0  # Probability mass kept, most likely first; 1: all.
   min_p: float = 0.0  # Share of the most likely token's probability that a token must have; 0: all are kept.
   repetition_penalty: float = 1.0  # Divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
+
+  def __post_init__(self):
+    for name, high in (
+        ("temperature", math.inf), ("top_k", math.inf), ("top_p", 1), ("min_p", 1), ("repetition_penalty", math.inf)):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value <= high:  # Traced values are not looked at.
+        raise ValueError(f"{name} is {value}; expected 0 to {high}.")
+    if isinstance(self.repetition_penalty, (int, float)) and self.repetition_penalty == 0:
+      raise ValueError("repetition_penalty is 0, and logits are divided by it; expected more than 0 (1: none).")
 
 
 def sample(

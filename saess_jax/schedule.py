@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 NAMES = ("each", "first", "periodic(N)", "annealing")
@@ -19,16 +18,19 @@ def as_array(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | 
 
   Args:
     schedule: "each"; "first": the initial verdict alone; "periodic(N)", or "periodic" for N = 10; "annealing"; or a
-      bool array, which is cut, or carried on with False, to `steps`.
+      bool array of at least `steps`, which is cut.
     steps: response tokens.
 
   Raises:
-    ValueError: an unknown name, or an array that is not one-dimensional and bool.
+    ValueError: an unknown name, or an array that is not one-dimensional and bool, or too short.
   """
   if not isinstance(schedule, str):
     if schedule.dtype != bool or schedule.ndim != 1:
       raise ValueError(f"schedule has dtype {schedule.dtype} and shape {schedule.shape}; expected bool [steps].")
-    return jnp.pad(schedule[:steps], (0, max(0, steps - len(schedule))))  # May be traced.
+    if len(schedule) < steps:
+      raise ValueError(
+          f"schedule has {len(schedule)} entries; expected one for each of {steps} response tokens (more are cut).")
+    return schedule[:steps]
   if schedule == "each":
     return np.ones(steps, bool)
   if schedule == "first":

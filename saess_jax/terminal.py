@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 RESET = "\x1b[0m"
@@ -17,6 +17,8 @@ def has_colours(stream: TextIO) -> bool:
 
 def colour(text: str, probability: float) -> str:
   """`text` from green (0) to red (1); grey where [CLS] was not asked (NaN)."""
+  if not text:
+    return ""
   if math.isnan(probability):
     return f"\x1b[38;2;140;140;140m{text}{RESET}"
   red, green = round(60 + 170 * probability), round(60 + 130 * (1 - probability))
@@ -32,29 +34,20 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
   Returns:
     The whole response.
   """
-  said, intervened = "", False
+  said, begun, intervened = "", False, False
   for chunk in chunks:
-    if not said and not math.isnan(chunk.initial_prob):
+    if not begun and not math.isnan(chunk.initial_prob):
       stream.write(f"[query: P(malicious) {chunk.initial_prob:.2f}]\n")
+    begun = True
     if chunk.intervened_at >= 0 and not intervened:
       where = "by the query" if chunk.intervened_at == 0 else f"after token {chunk.intervened_at}"
       stream.write(f"[intervention {where}]\n" if chunk.intervened_at == 0 else f" [intervention {where}] ")
       intervened = True
-    stream.write("".join(_coloured(chunk)) if colours else chunk.text)
+    stream.write("".join(map(colour, chunk.tokens, chunk.cls_prob)) if colours else chunk.text)
     stream.flush()
     said += chunk.text
   stream.write("\n")
   return said
-
-
-def _coloured(chunk: Any) -> Iterator[str]:
-  """The chunk's text cut where its tokens end; pieces that hold half a character go with their neighbours."""
-  rest = chunk.text
-  for token, probability in zip(chunk.tokens, chunk.cls_prob):
-    if rest.startswith(token):
-      yield colour(token, probability)
-      rest = rest[len(token):]
-  yield rest
 
 
 def converse(generator: Any, requests: Iterable[str], stream: TextIO, colours: bool) -> None:
@@ -62,11 +55,13 @@ def converse(generator: Any, requests: Iterable[str], stream: TextIO, colours: b
 
   Args:
     generator: a `generate.Generator`.
-    requests: lines of the user; an empty one is passed over, "/new" forgets the turns so far.
+    requests: lines of the user; an empty one is passed over, "/new" forgets the turns so far, "/quit" ends.
   """
   messages: list[dict[str, str]] = []
   for line in requests:
     request = line.strip()
+    if request == "/quit":
+      return
     if request == "/new":
       messages = []
     if not request or request == "/new":

