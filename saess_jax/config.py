@@ -139,8 +139,10 @@ def _unflatten_safety(static, leaves):
 
 jax.tree_util.register_pytree_node(SafetyConfig, _flatten_safety, _unflatten_safety)
 
-PAPER_SAFETY = SafetyConfig()
-RELEASED_SAFETY = SafetyConfig(r1=5, r2=15, r3=10)  # The released code's preset.
+SAFETY_PRESETS = types.MappingProxyType({
+    "paper": SafetyConfig(),
+    "released": SafetyConfig(r1=5, r2=15, r3=10),  # The released code's.
+})
 
 
 @dataclasses.dataclass(frozen=True)

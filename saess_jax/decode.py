@@ -190,6 +190,34 @@ def decode_config(
       buffer=buffer)
 
 
+def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
+  """What only the values tell and a compiled `decode` cannot: call it on host arrays first, as `Generator` does.
+
+  Raises:
+    ValueError: token ids outside the vocabulary, a buffer that is too small for a row's prefix and new tokens, or an
+      empty prompt.
+  """
+  tokens, kinds = np.asarray(prompt.tokens), np.asarray(prompt.kinds)
+  text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
+  supplied = np.arange(prompt.prefix.shape[1]) < np.asarray(prompt.prefix_length)[:, None]
+  for name, ids in (
+      ("prompts", tokens[text]), ("response prefixes", np.asarray(prompt.prefix)[supplied]),
+      ("the refusal", np.asarray(config.refusal))):
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+      raise ValueError(
+          f"Token id {wrong[0]} in {name} is outside the vocabulary of {vocab_size}; is this the model's "
+          "own tokenizer?")
+  for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
+    needed = int(prefix) + int(config.max_new_tokens)
+    if not np.any(kinds[row] == TokenKind.QUERY):
+      raise ValueError(f"Prompt {row} is empty: it holds no QUERY token. Give it text.")
+    if needed > config.buffer:
+      raise ValueError(
+          f"Row {row} has a response prefix of {prefix} tokens and {int(config.max_new_tokens)} new ones to come, but "
+          f"the buffer holds {config.buffer}; make it larger, or ask for fewer.")
+
+
 def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> DecodeResult:
   """Generates a response for every row of `prompt`; jit-able with `model` static.
 

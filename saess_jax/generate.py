@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tqdm
 
-from saess_jax import checkpoint, terminal
+from saess_jax import checkpoint, terminal, trace
 from saess_jax import decode as decode_lib
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
@@ -105,7 +105,7 @@ class Generator:
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt = system_prompt
-    self._limit = model.config.max_seq_len
+    self._limit, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
     self._decode, self._start, self._advance = _jitted(model)
 
   def respond(
@@ -215,6 +215,7 @@ class Generator:
     extra = 0 if self._safety is None else int(self._safety.tau)
     buffer = -(-(room + self._max_new_tokens + extra) // 32) * 32
     config = decode_lib.decode_config(self.tokenizer, self._safety, self._sampling, limit, buffer)
+    decode_lib.check(self._vocab_size, prompt, config)
     root = jax.random.key(self._seed)
     return prompt, jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(indices)), config
 
@@ -238,12 +239,18 @@ def main(argv: list[str] | None = None) -> None:
   what = parser.add_mutually_exclusive_group()
   what.add_argument("--prompt", help="one request; without it a chat, a request a line")
   what.add_argument("mode", nargs="?", choices=["chat"], help="the default")
+  parser.add_argument("--prefix", default="", help="what the response must begin with, as in a prefill attack")
+  parser.add_argument("--figure", help="with --prompt: a file (svg, png, pdf) to draw tokens against P(malicious) in")
   parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=True, help="let [CLS] steer")
   parser.add_argument("--rollback", action="store_true", help="cut what an intervention found malicious")
   parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128)
   parser.add_argument("--temperature", type=float, default=0.0)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args(argv)
+  if options.figure and (options.prompt is None or not options.safety):
+    parser.error("--figure draws the verdicts on one response: give --prompt, and leave --no-safety out.")
+  if options.prefix and options.prompt is None:
+    parser.error("--prefix belongs to one response: give --prompt too.")
   colours = terminal.has_colours(sys.stdout)
   try:
     system_prompt = checkpoint.read_config(options.checkpoint).data.system_prompt
@@ -255,7 +262,10 @@ def main(argv: list[str] | None = None) -> None:
       sys.stderr.write("A request a line; /new forgets the chat, /quit or Ctrl-D ends it.\n")
       terminal.converse(generator, sys.stdin, sys.stdout, colours)
     else:
-      terminal.show(generator.stream(options.prompt), sys.stdout, colours)
+      terminal.show(generator.stream(options.prompt, options.prefix), sys.stdout, colours)
+      if options.figure:
+        response, = generator.respond([options.prompt], [options.prefix])
+        trace.draw(response, safety).savefig(options.figure)
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
 

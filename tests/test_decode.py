@@ -2,13 +2,14 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 
-from saess_jax import config, decode, generate, hf, model, policy, sampling
+from saess_jax import config, decode, generate, hf, model, policy, sampling, sharding
 from saess_jax.config import SafetyConfig
 from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
@@ -239,7 +240,72 @@ def test_generator_gives_text_back_in_order(tiny_params):
     make().respond(["x" * 300])
 
 
+def test_vmap_over_settings(tiny_params):
+  """Thresholds and tau as axes: the same as one after the other."""
+  how = decode.decode_config(Words(), SafetyConfig(), SAMPLING, 16, buffer=32)
+  prompt, low = decode.pad_prompts(ROWS), pivot(tiny_params)
+  def one(threshold, tau):
+    safety = how.safety.replace(threshold=threshold, tau=tau)
+    out = decode.decode(model.Llama(TINY), tiny_params, prompt, jax.random.key(5), how.replace(safety=safety))
+    return out.tokens, out.intervened_at, out.cls_prob
+  thresholds, taus = jnp.asarray([low, low, 1.0]), jnp.asarray([1, 3, 3])
+  together = jax.jit(jax.vmap(one))(thresholds, taus)
+  alone = jax.jit(one)
+  for i in range(3):
+    tokens, intervened_at, cls_prob = alone(thresholds[i], taus[i])
+    np.testing.assert_array_equal(together[0][i], tokens)
+    np.testing.assert_array_equal(together[1][i], intervened_at)
+    np.testing.assert_allclose(together[2][i], cls_prob, atol=1e-5)
+  assert len({tuple(row) for row in np.asarray(together[1])}) > 1  # The settings do matter here.
+
+
+def test_on_a_mesh_batch_over_data_and_heads_over_tensor(tiny_params):
+  mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+  boxed = jax.eval_shape(model.Llama(TINY).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = jax.device_put(tiny_params, sharding.shardings(boxed, mesh))
+  assert params["layers_0"]["attn"]["q"]["kernel"].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor", None)
+  safety, rows = SafetyConfig(threshold=pivot(tiny_params)), ROWS + ROWS[:1]
+  prompt = jax.device_put(decode.pad_prompts(rows), sharding.batch_sharding(mesh))
+  how = decode.decode_config(Words(), safety, SamplingConfig(), 24, buffer=48)
+  with mesh, nn.logical_axis_rules(sharding.RULES):
+    out = jax.jit(functools.partial(decode.decode, model.Llama(TINY)))(params, prompt, jax.random.key(5), how)
+  alone = run(tiny_params, safety, rows=rows, sampling_config=SamplingConfig())
+  np.testing.assert_array_equal(out.tokens, alone.tokens)
+  np.testing.assert_array_equal(out.intervened_at, alone.intervened_at)
+  np.testing.assert_allclose(out.cls_prob, alone.cls_prob, atol=1e-5)
+
+
+def test_a_step_without_a_due_verdict_is_the_same_alone_and_beside_rows_that_have_one(tiny_params):
+  """Alone it runs without the [CLS] row; beside a row in alarm, which is checked at every token, with it."""
+  safety = SafetyConfig(threshold=pivot(tiny_params), tau=30, schedule=np.arange(48) % 3 == 1)
+  together, alone = run(tiny_params, safety), run(tiny_params, safety, rows=ROWS[:1])
+  assert len({tuple(row) for row in np.isnan(together.cls_prob).tolist()}) > 1  # Rows are asked at different steps.
+  np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+  np.testing.assert_allclose(together.cls_prob[0], alone.cls_prob[0], atol=1e-5)
+
+
+def refused_by_check(message, rows=ROWS, prefixes=None, vocab_size=512, **changes):
+  how = decode.decode_config(Words(), max_new_tokens=24, buffer=32)
+  with pytest.raises(ValueError, match=message):
+    decode.check(vocab_size, decode.pad_prompts(rows, prefixes), how.replace(**changes))
+
+
+def test_what_only_values_tell_is_checked_before_decoding():
+  decode.check(512, decode.pad_prompts(ROWS), decode.decode_config(Words(), max_new_tokens=24, buffer=32))
+  refused_by_check("prefix of 9 tokens and 24 new ones to come, but the buffer holds 32", prefixes=[[], [], [5] * 9])
+  refused_by_check("id 60 in prompts is outside the vocabulary of 50", vocab_size=50)
+  refused_by_check("id 700 in response prefixes is outside", prefixes=[[700], [], []])
+  short = [(np.asarray([3, 4, 0]), np.asarray([2, 3, 1]))]
+  refused_by_check("id 14 in the refusal is outside", vocab_size=14, rows=short)
+  refused_by_check("Prompt 0 is empty", rows=[(np.asarray([3, 0, 9]), np.asarray([2, 1, 4]))])
+
+
 @pytest.mark.parametrize("call, message", [
+    (lambda: SamplingConfig(temperature=-0.1), "temperature is -0.1; expected 0 to inf"),
+    (lambda: SamplingConfig(top_p=1.5), "top_p is 1.5; expected 0 to 1"),
+    (lambda: SamplingConfig(repetition_penalty=0.0), "repetition_penalty is 0"),
+    (lambda: decode.decode_config(Words(), SafetyConfig(schedule=np.ones(31, bool)), buffer=32, max_new_tokens=8),
+     "31 entries; expected one for each of 32"),
     (lambda: decode.pad_prompts([]), "No prompts"),
     (lambda: decode.pad_prompts(ROWS, [[1]]), "1 response prefixes were given for 3 prompts"),
     (lambda: decode.pad_prompts(ROWS, length=8), "longest prompt has 9 tokens"),

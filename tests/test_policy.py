@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saess_jax import policy, schedule
-from saess_jax.config import RELEASED_SAFETY, SafetyConfig
+from saess_jax.config import SAFETY_PRESETS, SafetyConfig
 from saess_jax.policy import Phase
 
 STEPS = 24
@@ -102,7 +102,7 @@ def test_views_follow_the_rules():
 def test_new_numbers_compile_nothing_new():
   replay = jax.jit(lambda *inputs: policy.replay(*inputs))  # A cache of its own.
   rng = np.random.default_rng(0)
-  for config in (SafetyConfig(), RELEASED_SAFETY, SafetyConfig(tau=1, threshold=0.9, rollback=True)):
+  for config in (*SAFETY_PRESETS.values(), SafetyConfig(tau=1, threshold=0.9, rollback=True)):
     replay(jnp.zeros(2), jnp.asarray(rng.random((2, 8))), config)
   assert replay._cache_size() == 1
 

@@ -262,7 +262,7 @@ def test_config_keys_and_types_are_checked(values, message):
 
 
 def test_config_survives_its_dict():
-  config = TrainConfig(data=DataConfig(buckets=(8, 16)), safety=config_lib.RELEASED_SAFETY)
+  config = TrainConfig(data=DataConfig(buckets=(8, 16)), safety=config_lib.SAFETY_PRESETS["released"])
   assert config_lib.from_config_dict(TrainConfig, config_lib.to_config_dict(config)) == config
   assert config_lib.from_config_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
