@@ -304,7 +304,7 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
 
   sees_cls = jnp.full(alive.shape, config.safety is not None)
 
-  def run(cls_sees: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
+  def run(cls_sees: jax.Array | None, cache: Any) -> tuple[jax.Array, jax.Array, Any]:
     """The newest token's row, and with `cls_sees` that of [CLS] before it: (hidden [B, D], cls_logit [B], cache)."""
     rows = [TokenKind.RESPONSE] if cls_sees is None else [TokenKind.CLS, TokenKind.RESPONSE]
     row_kinds = jnp.broadcast_to(jnp.asarray(rows), (len(alive), len(rows)))
@@ -312,20 +312,25 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
     visible = text[:, None] if cls_sees is None else jnp.concatenate([cls_sees, text[:, None]], axis=1)
     out = model.apply(
         {"params": params}, jnp.where(is_token, s.token[:, None], 0), kinds=row_kinds,
-        positions=jnp.where(is_token, position[:, None], 0), cache=s.cache,
+        positions=jnp.where(is_token, position[:, None], 0), cache=cache,
         step=Step(slot=slot, visible=visible, refresh=wanted, sees_cls=sees_cls))
     return out.hidden[:, -1], out.cls_logit, out.cache
 
   if config.safety is None:
     wanted = jnp.zeros_like(alive)
-    hidden, cls_logit, cache = run(None)
+    hidden, cls_logit, cache = run(None, s.cache)
   else:
     scheduled = config.schedule[jnp.minimum(t, config.buffer - 1)]
     judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
     wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive & judged
     window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
-    # A step at which no row's verdict is due runs without the [CLS] rows.
-    hidden, cls_logit, cache = jax.lax.cond(jnp.any(wanted), lambda: run(window), lambda: run(None))
+    # A step at which no row's verdict is due runs without the [CLS] rows. Two loops of one turn or none: the cache is
+    # updated where it lies, while the branches of a `lax.cond` would each copy it.
+    due = jnp.any(wanted)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, window, s.cache)[:2])
+    once = lambda wanted, cls_sees, out: jax.lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros((), bool), run(cls_sees, c[1][2])), (wanted, out))[1]
+    hidden, cls_logit, cache = once(~due, None, once(due, window, (*nothing, s.cache)))
 
   result = s.result.replace(
       step_tokens=s.result.step_tokens.at[:, s.step].set(jnp.where(alive, s.token, 0)),
