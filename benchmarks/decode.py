@@ -1,6 +1,6 @@
 """What the decoder costs: beside itself without [CLS], beside transformers in torch, and beside the memory's bandwidth.
 
-  python benchmarks/decode.py            all of it, some 25 minutes on two cores
+  python benchmarks/decode.py            all of it; needs torch, for the rival
   python benchmarks/decode.py --quick    batches 1 and 8, fewer tokens and rounds, no growth
 
 All contestants run in one process, in turn, round after round; a figure is the median over the rounds, a ratio the
