@@ -64,7 +64,7 @@ def draw(response: Any, safety: SafetyConfig, hidden: tuple[int, int] = (0, 0)) 
   if response.intervened_at >= 0:
     at = response.intervened_at - 0.5
     top.axvline(at, color="#c9453f", linewidth=1.5)
-    top.annotate("refusal prefix", (at, 0.5), rotation=90, ha="right", va="center", fontsize=8, color="#c9453f")
+    top.annotate("verdict: refuse", (at, 0.5), rotation=90, ha="right", va="center", fontsize=8, color="#c9453f")
   top.set(ylim=(-0.03, 1.03), ylabel="P(malicious)")
 
   seen = views(response.initial_prob, response.cls_prob, safety)
