@@ -34,7 +34,6 @@ from saess_jax.config import SafetyConfig  # noqa: E402
 from saess_jax.data import chat, sources  # noqa: E402
 from saess_jax.model import Llama  # noqa: E402
 
-SCHEDULES = ("each", "annealing", "first")
 PROMPT_SLOTS = 64
 
 

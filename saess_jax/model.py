@@ -79,15 +79,15 @@ def _product(a, b, dtype, a_axes, b_axes):
 
 
 def _contract_forward(x, kernel, axes, dtype):
-  return contract(x, kernel, axes, dtype), (x.astype(dtype_of(dtype)), kernel, jnp.zeros((), x.dtype))
+  return contract(x, kernel, axes, dtype), (x.astype(dtype_of(dtype)), kernel)
 
 
 def _contract_backward(axes, dtype, saved, cotangent):
-  x, kernel, like = saved
+  x, kernel = saved
   batch, free = x.ndim - axes, kernel.ndim - axes
   to_x = _product(cotangent, kernel, dtype, range(batch, batch + free), range(axes, kernel.ndim))
   to_kernel = _product(x, cotangent, dtype, range(batch), range(batch))
-  return to_x.astype(like.dtype), to_kernel.astype(kernel.dtype)
+  return to_x.astype(cotangent.dtype), to_kernel.astype(kernel.dtype)
 
 
 contract.defvjp(_contract_forward, _contract_backward)
