@@ -102,6 +102,7 @@ class SafetyConfig:
   schedule: Any = "each"  # each | first | periodic | annealing, or bool [steps]: when [CLS] is re-evaluated.
   refusal_prefix: str = "Sorry, I cannot fulfill your request because"
   fixed_refusal: str = "Sorry, I cannot fulfill your request."  # What "high" says before it stops.
+  refusal_break: str = "\n\n"  # Our choice: between a refusal and the text it interrupts, if any.
 
   def __post_init__(self):
     if self.dependency not in DEPENDENCIES:
@@ -118,7 +119,7 @@ class SafetyConfig:
 
 DEPENDENCIES = ("low", "medium", "high")
 _SAFETY_LEAVES = ("r1", "r2", "r3", "tau", "threshold", "rule2_keeps_query", "rollback", "sweep_prefill")
-_SAFETY_WORDS = ("dependency", "refusal_prefix", "fixed_refusal")
+_SAFETY_WORDS = ("dependency", "refusal_prefix", "fixed_refusal", "refusal_break")
 
 
 def _flatten_safety(safety: SafetyConfig):

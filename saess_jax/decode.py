@@ -54,7 +54,8 @@ class DecodeConfig:
     sampling: see there.
     max_new_tokens: int, response tokens after the caller's prefix; at most `buffer` of both together.
     stop_ids: int32 [K], tokens that end a response (and are not part of it).
-    refusal: int32 [F], what an intervention inserts.
+    refusal: int32 [F], what an intervention inserts; where nothing stands before it, from `refusal_break` on.
+    refusal_break: int, tokens of the refusal that only part it from what stands before.
     schedule: bool [E].
     buffer: E, response slots (static).
   """
@@ -64,6 +65,7 @@ class DecodeConfig:
   max_new_tokens: jax.Array
   stop_ids: jax.Array
   refusal: jax.Array
+  refusal_break: jax.Array
   schedule: jax.Array
   buffer: int = flax.struct.field(pytree_node=False)
 
@@ -177,16 +179,18 @@ def decode_config(
   buffer = -(-(max_new_tokens + cut) // 32) * 32 if buffer is None else buffer
   if not 0 < max_new_tokens <= buffer:
     raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 to the buffer of {buffer}.")
-  refusal = []
+  gap, refusal = [], []
   if safety is not None:
     text = safety.fixed_refusal if safety.dependency == "high" else safety.refusal_prefix
-    refusal = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    gap, refusal = (
+        tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for words in (safety.refusal_break, text))
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
-      stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(refusal, np.int32),
-      schedule=np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer)),
+      stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(gap + refusal, np.int32),
+      refusal_break=len(gap), schedule=np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer)),
       buffer=buffer)
 
 
@@ -369,10 +373,11 @@ def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:
   inserted, refusing = s.inserted, s.verdicts.intervened_at >= 0
   size = config.refusal.shape[0]
   if config.safety is not None and size:
-    inserting = refusing & (s.inserted < size)
-    token = jnp.where(inserting, config.refusal[jnp.minimum(s.inserted, size - 1)], token)
+    inserted = jnp.where(s.count == 0, config.refusal_break, s.inserted)
+    inserting = refusing & (inserted < size)
+    token = jnp.where(inserting, config.refusal[jnp.minimum(inserted, size - 1)], token)
     stops = jnp.where(inserting, False, stops | (refusing & (config.safety.dependency == "high")))
-    inserted = s.inserted + inserting
+    inserted = jnp.where(inserting, inserted + 1, s.inserted)
 
   if prompt.prefix.shape[1]:
     # Rollback may have cut into the prefix: its rest is then gone too, and the refusal follows at once.

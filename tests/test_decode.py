@@ -15,7 +15,7 @@ from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
 
 TINY = config.model_config("tiny", scan_layers=False)
-REFUSAL = [11, 12, 13, 14]
+BREAK, REFUSAL = [10], [11, 12, 13, 14]
 ROWS = [
     (np.asarray([3, 4, 5, 0, 9, 8]), np.asarray([2, 3, 3, 1, 4, 4])),
     (np.asarray([3, 40, 5, 60, 7, 8, 0, 9, 8]), np.asarray([2, 3, 3, 3, 3, 3, 1, 4, 4])),
@@ -30,7 +30,7 @@ class Words:
   eos_token_id = 7
 
   def __call__(self, text, **_):
-    return {"input_ids": REFUSAL if text else []}
+    return {"input_ids": BREAK if text == "\n\n" else REFUSAL if text else []}
 
 
 @functools.cache
@@ -80,8 +80,9 @@ def test_the_decoder_does_what_the_policy_says_of_its_verdicts(tiny_params, depe
   for row, at in enumerate(np.asarray(out.intervened_at)):
     if at >= 0:  # The caller's prefix is never cut short; the refusal follows it at the earliest.
       begin = max(at, len(prefixes[row]) if prefixes else 0)
-      assert out.tokens[row, begin : begin + 4].tolist() == REFUSAL
-      assert dependency == "medium" or out.lengths[row] == begin + 4
+      refusal = BREAK * int(begin > 0) + REFUSAL
+      assert out.tokens[row, begin : begin + len(refusal)].tolist() == refusal
+      assert dependency == "medium" or out.lengths[row] == begin + len(refusal)
 
 
 def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
@@ -120,7 +121,8 @@ def test_rollback_cuts_to_the_transition_and_leaks_nothing(tiny_params):
   for row in rows:
     at = int(kept.transition_at[row])
     assert cut.transition_at[row] == at and cut.leaked[row] == 0 and kept.leaked[row] == safety.tau
-    assert cut.tokens[row, : at + 4].tolist() == kept.tokens[row, :at].tolist() + REFUSAL
+    refusal = BREAK * int(at > 0) + REFUSAL
+    assert cut.tokens[row, : at + len(refusal)].tolist() == kept.tokens[row, :at].tolist() + refusal
     assert cut.step_tokens[row, : at + 3].tolist() == kept.tokens[row, : at + 3].tolist()
 
 
@@ -130,7 +132,8 @@ def test_rollback_reaches_into_a_prefix(tiny_params):
   out = run(tiny_params, safety, prefixes=[prefix] * 3)
   for row in np.flatnonzero((np.asarray(out.transition_at) >= 0) & (np.asarray(out.intervened_at) <= 20)):
     at = int(out.transition_at[row])
-    assert out.tokens[row, : at + 4].tolist() == prefix[:at] + REFUSAL
+    refusal = BREAK * int(at > 0) + REFUSAL
+    assert out.tokens[row, : at + len(refusal)].tolist() == prefix[:at] + refusal
 
 
 def test_a_prefix_that_is_not_swept_is_not_judged(tiny_params):

@@ -63,10 +63,13 @@ def test_refusal_where_the_decoder_asks_for_it():
   for seed in range(20):
     interrupted, harmful = build([BAD], {BAD.prompt: rollout}, dataclasses.replace(config, seed=seed))
     before, after = np.split(response(interrupted), [interrupted.loss_from])
-    depth = len(before) - len(tiny_tokenizer()(SafetyConfig().refusal_prefix).input_ids)
+    prefix = SafetyConfig().refusal_prefix
+    if len(before) > len(tiny_tokenizer()(prefix).input_ids):  # It interrupts something.
+      prefix = SafetyConfig().refusal_break + prefix
+    depth = len(before) - len(tiny_tokenizer()(prefix).input_ids)
     seen.add(depth)
     assert before[:depth].tolist() == rollout[:depth] and response(harmful).tolist() == rollout
-    assert tiny_tokenizer().decode(before[depth:]) == SafetyConfig().refusal_prefix
+    assert tiny_tokenizer().decode(before[depth:]) == prefix
     assert tiny_tokenizer().decode(after) == " I cannot.<|im_end|>"
     assert interrupted.trajectory == "interrupted"
   assert seen == {0, 1, 2}

@@ -103,10 +103,12 @@ def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfi
   text = row.response or config.safety.fixed_refusal
   if not config.data.refusal_depth:
     return np.zeros(0, np.int32), text
-  prefix = tokenizer(config.safety.refusal_prefix, add_special_tokens=False, split_special_tokens=True).input_ids
+  encode = lambda words: tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
+  gap = encode(config.safety.refusal_break) if len(before) else []
   # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
   follows = text[0].lower() + text[1:] if text[1:2].islower() else text
-  return np.concatenate([before, np.asarray(prefix, np.int32)]), f" {follows}"
+  prefix = np.asarray(gap + encode(config.safety.refusal_prefix), np.int32)
+  return np.concatenate([before, prefix]), f" {follows}"
 
 
 class Batches(Sequence):
