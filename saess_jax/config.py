@@ -271,7 +271,9 @@ class EvalConfig:
   max_new_tokens: int = 48
   batch_size: int = 32
   seed: int = 0
-  safety: SafetyConfig = SafetyConfig()
+  # Fields of SafetyConfig; one that is None, as all are by default, is as in the run, whose views [CLS] was trained on.
+  safety: dict[str, Any] = dataclasses.field(
+      default_factory=lambda: dict.fromkeys(field.name for field in dataclasses.fields(SafetyConfig)))
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
@@ -280,7 +282,12 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     if dataclasses.is_dataclass(value):
       return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return value
-  return ml_collections.ConfigDict(plain(config))
+  values = plain(config)
+  if isinstance(config, EvalConfig):  # A flag has to know the type of what is None so far.
+    values["safety"] |= {
+        name: ml_collections.config_dict.placeholder(type(getattr(SafetyConfig(), name)))
+        for name, value in config.safety.items() if value is None}
+  return ml_collections.ConfigDict(values)
 
 
 def from_config_dict(cls: type, values: Any) -> Any:
@@ -316,7 +323,7 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
         raise ValueError(f"{where} is {value!r}; expected a list of values, also for one.")
       built[name] = tuple(value)
     else:
-      built[name] = value
+      built[name] = dict(value) if isinstance(value, ml_collections.ConfigDict) else value
   return cls(**built)
 
 

@@ -190,7 +190,8 @@ def decode_config(
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
       stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(gap + refusal, np.int32),
-      refusal_break=len(gap), schedule=np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer)),
+      refusal_break=len(gap),
+      schedule=np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer)),
       buffer=buffer)
 
 

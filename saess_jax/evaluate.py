@@ -28,7 +28,7 @@ from typing import Any
 
 from saess_jax import attacks as attacks_lib
 from saess_jax import checkpoint, generate, judges
-from saess_jax.config import EvalConfig
+from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
 from saess_jax.data import sources
 from saess_jax.model import Llama
 
@@ -43,23 +43,27 @@ class Models:
   Attributes:
     identity: says which weights these are, so that an evaluation is not resumed with others.
     generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
+    safety: what "saess" decodes by.
   """
 
   identity: str
   generator: Callable[[str, int], Any]
+  safety: SafetyConfig
 
 
 def load_models(config: EvalConfig) -> Models:
   """The trained model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes.
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights are read when they are first asked.
 
   Raises:
-    ValueError, FileNotFoundError: no checkpoint is named, or there is none.
+    ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.
   """
   if not config.checkpoint:
     raise ValueError("checkpoint is empty; expected the workdir of a training run (--config.checkpoint=RUN).")
   trained = checkpoint.read_config(config.checkpoint)
+  changes = {name: value for name, value in config.safety.items() if value is not None}
+  safety = from_config_dict(SafetyConfig, dataclasses.asdict(trained.safety) | changes)
   checkpoints = checkpoint.Checkpoints(config.checkpoint)
   step = checkpoints.best_step()
   checkpoints.close()
@@ -77,10 +81,10 @@ def load_models(config: EvalConfig) -> Models:
       else:
         loaded[name] = checkpoint.load_for_research(config.checkpoint, step)[:3]
     return generate.Generator(
-        *loaded[name], safety=config.safety if name == "saess" else None, max_new_tokens=max_new_tokens,
+        *loaded[name], safety=safety if name == "saess" else None, max_new_tokens=max_new_tokens,
         batch_size=config.batch_size, system_prompt=trained.data.system_prompt, seed=config.seed)
 
-  return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator)
+  return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator, safety)
 
 
 def evaluate(
@@ -99,11 +103,9 @@ def evaluate(
   _check(config)
   rows = evaluation_rows(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  claim = {"config": _plain(config), "rows": _digest(rows)}
-  _check_workdir(workdir, claim)
   models = load(config)
-  claim["models"] = models.identity
-  _claim_workdir(workdir, claim)
+  config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
+  _claim_workdir(workdir, {"config": _plain(config), "rows": _digest(rows), "models": models.identity})
 
   results = read_results(workdir)
   finished = {(row["method"], row["model"]) for row in results}
@@ -166,7 +168,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
 
 
 def metrics_of(results: Sequence[dict[str, Any]], config: EvalConfig) -> dict[str, Any]:
-  """All figures, from the rows alone.
+  """All figures, from the rows alone; `config.safety` has to be filled in.
 
   A rate is {"rate", "low", "high", "count", "n"} with a 95% Wilson interval; one without rows is left out. Keys:
     n: behaviors by label.
@@ -181,7 +183,7 @@ def metrics_of(results: Sequence[dict[str, Any]], config: EvalConfig) -> dict[st
   malicious = [row for row in results if row["label"] == 1]
   benign = [row for row in results if row["label"] == 0]
   broken = lambda row: row["judgements"]["rules"]["jailbroken"]
-  alarmed = lambda row: row["initial_prob"] is not None and row["initial_prob"] >= config.safety.threshold
+  alarmed = lambda row: row["initial_prob"] is not None and row["initial_prob"] >= config.safety["threshold"]
   per_attack = {
       model: _group([row for row in malicious if row["model"] == model], "method")
       for model in config.models if malicious}
@@ -339,11 +341,13 @@ def _digest(rows: Sequence[sources.Row]) -> str:
   return hashlib.sha256(json.dumps([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
 
 
-def _check_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
+def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
   path = workdir / "evaluation.json"
   if not path.exists():
     if workdir.is_file() or workdir.is_dir() and any(workdir.iterdir()):
       raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(claim, indent=2) + "\n")
     return
   theirs = json.loads(path.read_text())
   different = [
@@ -351,17 +355,11 @@ def _check_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
       for key, now, then in [
           *((k, v, theirs["config"].get(k)) for k, v in claim["config"].items()),
           ("the digest of the prompts", claim["rows"], theirs["rows"]),
-          ("the model", claim.get("models", theirs["models"]), theirs["models"])] if now != then]
+          ("the model", claim["models"], theirs["models"])] if now != then]
   if different:
     raise ValueError(
         f"{workdir} holds another evaluation: {'; '.join(different)}. Choose another --workdir, or give the config of "
         "that evaluation to resume it.")
-
-
-def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
-  _check_workdir(workdir, claim)
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write(workdir / "evaluation.json", json.dumps(claim, indent=2) + "\n")
 
 
 def _write(path: pathlib.Path, text: str) -> None:

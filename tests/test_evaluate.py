@@ -13,7 +13,14 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import evaluate as evaluate_lib
-from saess_jax.config import EvalConfig, model_config
+from saess_jax.config import (
+    EvalConfig,
+    SafetyConfig,
+    TrainConfig,
+    from_config_dict,
+    model_config,
+    to_config_dict,
+)
 from saess_jax.evaluate import Models, evaluate, read_results, table, wilson_interval
 from saess_jax.generate import Generator, Response
 from saess_jax.model import Llama, nn
@@ -57,7 +64,7 @@ def models(asked=None, identity="weights 1", fails_on=None):
         name, lambda prompt, prefix: forbidden(prompt) and len(prefix) < 30,
         lambda prompt: 0.9 if forbidden(prompt) else 0.1, asked)
 
-  return lambda config: Models(identity, generator)
+  return lambda config: Models(identity, generator, SafetyConfig())
 
 
 @pytest.fixture
@@ -174,7 +181,7 @@ def test_another_evaluations_folder_is_left_alone(config, tmp_path):
   evaluate(config, tmp_path / "out", models())
   before = (tmp_path / "out" / "rows.jsonl").read_text()
   with pytest.raises(ValueError, match="another evaluation: max_new_tokens is 9 now and 48 there.*Choose another"):
-    evaluate(dataclasses.replace(config, max_new_tokens=9), tmp_path / "out", unloadable)
+    evaluate(dataclasses.replace(config, max_new_tokens=9), tmp_path / "out", models())
   with pytest.raises(ValueError, match="the model is 'weights 2' now and 'weights 1' there"):
     evaluate(config, tmp_path / "out", models(identity="weights 2"))
   with open(config.source, "a") as file:
@@ -238,6 +245,20 @@ def test_no_checkpoint(config, tmp_path, path, error, message):
   assert not (tmp_path / "out").exists()
 
 
+def test_safety_is_the_runs_but_for_what_is_changed(tmp_path):
+  run = TrainConfig(safety=SafetyConfig(r1=4, rule2_keeps_query=True))
+  (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  def safety(**changes):
+    values = to_config_dict(EvalConfig(checkpoint=str(tmp_path)))
+    values.safety.update(changes)
+    return evaluate_lib.load_models(from_config_dict(EvalConfig, values)).safety
+  assert safety() == run.safety
+  assert safety(tau=1, threshold=0.25) == run.safety.replace(tau=1, threshold=0.25)
+  with pytest.raises(ValueError, match="tau is 0; expected 1 to inf"):
+    safety(tau=0)
+
+
 # ---- With a model
 
 
@@ -245,10 +266,10 @@ def test_with_real_tiny_models(config, tmp_path):
   model = Llama(model_config("tiny", num_layers=1, scan_layers=False))
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
   generator = functools.cache(lambda name, max_new_tokens: Generator(
-      model, params, tiny_tokenizer(), safety=None if name == "base" else config.safety, max_new_tokens=max_new_tokens,
+      model, params, tiny_tokenizer(), safety=None if name == "base" else SafetyConfig(), max_new_tokens=max_new_tokens,
       batch_size=8))
   config = dataclasses.replace(config, attacks=("prefill_own_4",), label="malicious", max_new_tokens=4)
-  metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator))
+  metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator, SafetyConfig()))
   rows = read_results(tmp_path / "out")
   assert len(rows) == 2 * 4 and metrics["n"]["malicious"] == 4 and metrics["budget"]["prefill_own_4"]["tokens"] > 0
   for row in rows:

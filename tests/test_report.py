@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from saess_jax.config import EvalConfig
+from saess_jax.config import EvalConfig, SafetyConfig
 from saess_jax.evaluate import JUDGES, metrics_of
 from saess_jax.report import write_report
 
@@ -48,6 +48,7 @@ ROWS = [
 
 def page(tmp_path, rows=ROWS, config=EvalConfig(attacks=("direct", "prefill_5", "prefill_own_5"))):
   path = tmp_path / "report.html"
+  config = dataclasses.replace(config, safety=dataclasses.asdict(SafetyConfig()))
   write_report(metrics_of(rows, config), rows, path)
   return path.read_text(encoding="utf-8")
 
