@@ -10,6 +10,8 @@ K kv heads, G = N / K, H head dim.
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -53,17 +55,16 @@ class Step:
 class LayerCache:
   """K and V of one layer ([L, ...] in front when layers are scanned).
 
-  CLS lives apart from the slots: it is rewritten while tokens are appended, and a row's tokens see its latest state.
+  The first place is that of CLS, wherever the prompt stores it: it is rewritten while tokens are appended to the T
+  slots behind it, and a row's tokens see its latest state.
 
   Attributes:
-    k, v: [B, K, T, H]: heads before slots, the order in which attention reads them.
-    cls_k, cls_v: [B, K, H].
+    k: [B, K, H, 1 + T]; v: [B, K, 1 + T, H]. The orders in which the two products of attention read them: any other is
+      copied into these at every step.
   """
 
   k: jax.Array
   v: jax.Array
-  cls_k: jax.Array
-  cls_v: jax.Array
 
 
 def rope_angles(positions: jax.Array, config: config_lib.ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -91,32 +92,35 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend_rows(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, own_k: jax.Array, own_v: jax.Array,
-    own_visible: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, own_k: jax.Array | None = None,
+    own_v: jax.Array | None = None,
 ) -> jax.Array:
-  """A few query rows over shared keys, each with one further key of its own.
+  """A few query rows over shared keys, each with one further key of its own if there are such.
 
   That further key is what a [CLS] row has and its neighbours must not see: itself.
 
   Args:
-    q: [B, Q, N, H]; k, v: [B, K, T, H]; visible: bool [B, Q, T].
-    own_k, own_v: [B, Q, K, H]; own_visible: bool [B, Q], None for everywhere.
+    q: [B, Q, N, H]; k: [B, K, H, T]; v: [B, K, T, H]; visible: bool [B, Q, T].
+    own_k, own_v: [B, Q, K, H], or None.
 
   Returns:
     [B, Q, N, H] in q's dtype; the softmax is float32.
   """
   batch, rows, heads, dim = q.shape
-  grouped = q.reshape(batch, rows, k.shape[1], -1, dim)
-  scores = jnp.einsum("BQKGH,BKTH->BKGQT", grouped, k, preferred_element_type=jnp.float32)
-  own = jnp.sum(grouped.astype(jnp.float32) * own_k.astype(jnp.float32)[:, :, :, None], axis=-1)
-  scores = jnp.concatenate([scores, jnp.transpose(own, (0, 2, 3, 1))[..., None]], axis=-1) * dim**-0.5
-  if own_visible is None:
-    own_visible = jnp.ones((batch, rows), bool)
-  seen = jnp.concatenate([visible, own_visible[..., None]], axis=-1)[:, None, None]
-  weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(q.dtype)
-  out = jnp.einsum("BKGQT,BKTH->BQKGH", weights[..., :-1], v)
-  out += jnp.transpose(weights[..., -1], (0, 3, 1, 2))[..., None] * own_v[:, :, :, None]
-  return out.reshape(batch, rows, heads, dim)
+  grouped = jnp.moveaxis(q.reshape(batch, rows, v.shape[1], -1, dim), 1, 3)  # [B, K, G, Q, H]
+  # Products of matrices, rows first: of all ways to write them XLA:CPU runs these fastest.
+  over = lambda x, matrix, **how: jnp.matmul(
+      x.reshape(*matrix.shape[:2], -1, x.shape[-1]), matrix, **how).reshape(*x.shape[:-1], -1)
+  scores = over(grouped, k, preferred_element_type=jnp.float32)
+  scores = jnp.where(visible[:, None, None], scores * dim**-0.5, jnp.finfo(jnp.float32).min)
+  if own_k is not None:
+    own = jnp.einsum("BKGQH,BQKH->BKGQ", grouped, own_k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.concatenate([scores, own[..., None]], axis=-1)
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  out = over(weights[..., : v.shape[2]], v)
+  if own_v is not None:
+    out += weights[..., -1:] * jnp.moveaxis(own_v, 1, 2)[:, :, None]
+  return jnp.moveaxis(out, 3, 1).reshape(batch, rows, heads, dim)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
@@ -138,8 +142,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
   batch = jnp.arange(q.shape[0])
   has_cls, index = sight.cls_index >= 0, jnp.maximum(sight.cls_index, 0)
   rows = [jnp.concatenate([x[batch, index][:, None], x[:, size:]], axis=1) for x in (q, k, v)]
-  heads_first = (jnp.moveaxis(x[:, :size], 2, 1) for x in (k, v))
-  apart = attend_rows(rows[0], *heads_first, sight.rows, rows[1], rows[2])
+  apart = attend_rows(
+      rows[0], jnp.moveaxis(k[:, :size], 1, 3), jnp.moveaxis(v[:, :size], 1, 2), sight.rows, rows[1], rows[2])
   cls = jnp.where(has_cls[:, None, None], apart[:, 0], trunk[batch, index])
   return jnp.concatenate([trunk.at[batch, index].set(cls), apart[:, 1:]], axis=1)
 
@@ -158,14 +162,17 @@ def attend_step(
     [B, Q, N, H] and the cache with the newest token, and where `refresh` the new CLS, in it.
   """
   rows = q.shape[1]
-  cls_k, cls_v = cache.cls_k, cache.cls_v
-  if rows == 2:
-    refresh = step.refresh[:, None, None]
-    cls_k, cls_v = jnp.where(refresh, k[:, 0], cls_k), jnp.where(refresh, v[:, 0], cls_v)
-  cache = LayerCache(
-      k=jax.lax.dynamic_update_slice_in_dim(cache.k, k[:, -1, :, None], step.slot, axis=2),
-      v=jax.lax.dynamic_update_slice_in_dim(cache.v, v[:, -1, :, None], step.slot, axis=2),
-      cls_k=cls_k, cls_v=cls_v)
-  own_k, own_v = (jnp.broadcast_to(x[:, None], (x.shape[0], rows, *x.shape[1:])) for x in (cls_k, cls_v))
-  own_visible = jnp.stack([jnp.ones_like(step.sees_cls), step.sees_cls], axis=1)[:, -rows:]
-  return attend_rows(q, cache.k, cache.v, step.visible, own_k, own_v, own_visible), cache
+
+  def write(places, new, axis):
+    """`new` [B, Q, K, H] into `places`, whose slots are on `axis`."""
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=axis)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    new = jnp.moveaxis(new, 1, axis)
+    if rows == 2:
+      refresh = step.refresh[:, None, None, None]
+      places = put(places, jnp.where(refresh, part(new, 0), part(places, 0)), 0)
+    return put(places, part(new, rows - 1), 1 + step.slot)
+
+  cache = LayerCache(k=write(cache.k, k, 3), v=write(cache.v, v, 2))
+  see_cls = jnp.stack([jnp.ones_like(step.sees_cls), step.sees_cls], axis=1)[:, -rows:, None]
+  return attend_rows(q, cache.k, cache.v, jnp.concatenate([see_cls, step.visible], axis=-1)), cache

@@ -64,12 +64,7 @@ def contract(x: jax.Array, kernel: jax.Array, axes: int, dtype: str) -> jax.Arra
   Returns:
     [..., the kernel's other axes] in x's dtype.
   """
-  product = lambda x: _product(x, kernel, dtype, range(x.ndim - axes, x.ndim), range(axes)).astype(x.dtype)
-  if x.shape[:2] == (1, 2) and jax.default_backend() == "cpu":
-    # The decoding step of one sequence. XLA:CPU repacks the kernel for two rows and streams it for one, so that two
-    # products of a row each are a fifth faster: the second finds the kernel in the cache.
-    return jnp.concatenate([product(x[:, :1]), product(x[:, 1:])], axis=1)
-  return product(x)
+  return _product(x, kernel, dtype, range(x.ndim - axes, x.ndim), range(axes)).astype(x.dtype)
 
 
 def _product(a, b, dtype, a_axes, b_axes):
@@ -154,13 +149,13 @@ class Attention(nn.Module):
 
 
 def _fill(cache: attention.LayerCache, k: jax.Array, v: jax.Array, sight: attention.Sight) -> attention.LayerCache:
-  """Writes the K and V [B, S, K, H] of a whole prompt to slots 0..S-1, those of CLS to their own place too."""
-  if sight.cls_index is not None:
-    batch = jnp.arange(k.shape[0])
-    cache = cache.replace(cls_k=k[batch, sight.cls_index], cls_v=v[batch, sight.cls_index])
-  return cache.replace(
-      k=jax.lax.dynamic_update_slice_in_dim(cache.k, jnp.moveaxis(k, 1, 2), 0, axis=2),
-      v=jax.lax.dynamic_update_slice_in_dim(cache.v, jnp.moveaxis(v, 1, 2), 0, axis=2))
+  """Writes the K and V [B, S, K, H] of a whole prompt to slots 0..S-1, those of CLS to its own place too."""
+  def write(places, new, axis):
+    if sight.cls_index is not None:
+      cls = new[jnp.arange(len(new)), sight.cls_index]
+      places = jax.lax.dynamic_update_slice_in_dim(places, jnp.expand_dims(cls, axis), 0, axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(places, jnp.moveaxis(new, 1, axis), 1, axis=axis)
+  return attention.LayerCache(k=write(cache.k, k, 3), v=write(cache.v, v, 2))
 
 
 class Mlp(nn.Module):
@@ -347,11 +342,9 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
   """An empty cache of `slots` tokens for `batch` rows,
   in the form (stacked or per layer) that the model's layers have.
   """
-  shape, dtype = (batch, config.num_kv_heads, slots, config.head_dim), dtype_of(config.dtype)
   front = (config.num_layers,) if config.scan_layers else ()
-  def one():
-    tokens, cls = jnp.zeros((*front, *shape), dtype), jnp.zeros((*front, batch, shape[1], shape[3]), dtype)
-    return attention.LayerCache(k=tokens, v=tokens, cls_k=cls, cls_v=cls)
+  empty = lambda *last: jnp.zeros((*front, batch, config.num_kv_heads, *last), dtype_of(config.dtype))
+  one = lambda: attention.LayerCache(k=empty(config.head_dim, 1 + slots), v=empty(1 + slots, config.head_dim))
   return one() if config.scan_layers else tuple(one() for _ in range(config.num_layers))
 
 
