@@ -41,7 +41,7 @@ def config_for(source: str) -> SafetyPromptsConfig:
 class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
   """Prompts labelled benign or malicious, with the response to train on."""
 
-  VERSION = tfds.core.Version("1.0.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
+  VERSION = tfds.core.Version("1.1.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
   BUILDER_CONFIGS = [EMBEDDED]
 
   def _info(self) -> tfds.core.DatasetInfo:
