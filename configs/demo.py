@@ -23,12 +23,13 @@ def get_config():
       matmul_dtype="bfloat16",  # A fifth to a quarter faster than float32 on CPUs that have it.
       frozen_layers=12,  # Of 30: the backward pass stops there, and a step costs two thirds.
       epochs=2,
+      max_steps=1300,  # Of 1,720: the time there is.
       data=DataConfig(
           max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
           max_length=160, max_response=24, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
-      rollouts=RolloutConfig(max_prompts=160, tokens=24, batch_size=64),
-      probes=ProbeConfig(min_window=1, benign_weight=3.0),
+      rollouts=RolloutConfig(max_prompts=320, tokens=24, batch_size=64),
+      probes=ProbeConfig(min_window=1, benign_weight=4.5),
       loss=LossConfig(cls_weight=1.0),  # A few hundred steps: the signal has to be learned quickly.
-      optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=20, weight_decay=0.01),
+      optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=20, weight_decay=0.01),
       eval_every=0, save_every=1000, keep_last=1,
   ))
