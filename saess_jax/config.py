@@ -107,14 +107,19 @@ class SafetyConfig:
   def __post_init__(self):
     if self.dependency not in DEPENDENCIES:
       raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
-    for name, low, high in (
-        ("r1", 0, math.inf), ("r2", 0, math.inf), ("r3", 0, math.inf), ("tau", 1, math.inf), ("threshold", 0, 1)):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not low <= value <= high:  # Traced values are not looked at.
-        raise ValueError(f"{name} is {value}; expected {low} to {high}.")
+    check_ranges(
+        self, r1=(0, math.inf), r2=(0, math.inf), r3=(0, math.inf), tau=(1, math.inf), threshold=(0, 1))
 
   def replace(self, **changes) -> SafetyConfig:
     return dataclasses.replace(self, **changes)
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+  """Raises ValueError for a field of `config` outside its range [low, high]; traced values are not looked at."""
+  for name, (low, high) in ranges.items():
+    value = getattr(config, name)
+    if isinstance(value, (int, float)) and not low <= value <= high:
+      raise ValueError(f"{name} is {value}; expected {low} to {high}.")
 
 
 DEPENDENCIES = ("low", "medium", "high")

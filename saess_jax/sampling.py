@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from saess_jax.config import check_ranges
+
 
 @flax.struct.dataclass
 class SamplingConfig:
@@ -23,11 +25,9 @@ class SamplingConfig:
   repetition_penalty: float = 1.0  # Divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
 
   def __post_init__(self):
-    for name, high in (
-        ("temperature", math.inf), ("top_k", math.inf), ("top_p", 1), ("min_p", 1), ("repetition_penalty", math.inf)):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= high:  # Traced values are not looked at.
-        raise ValueError(f"{name} is {value}; expected 0 to {high}.")
+    check_ranges(
+        self, temperature=(0, math.inf), top_k=(0, math.inf), top_p=(0, 1), min_p=(0, 1),
+        repetition_penalty=(0, math.inf))
     if isinstance(self.repetition_penalty, (int, float)) and self.repetition_penalty == 0:
       raise ValueError("repetition_penalty is 0, and logits are divided by it; expected more than 0 (1: none).")
 

@@ -45,12 +45,8 @@ def views(initial_prob: float, cls_prob: list[float], safety: SafetyConfig) -> l
   return seen
 
 
-def draw(response: Any, safety: SafetyConfig, hidden: tuple[int, int] = (0, 0)) -> Figure:
-  """The figure of one `generate.Response`.
-
-  Args:
-    hidden: tokens [start, stop) whose text is not printed.
-  """
+def draw(response: Any, safety: SafetyConfig) -> Figure:
+  """The figure of one `generate.Response`."""
   count = len(response.tokens)
   figure = Figure(figsize=(max(6.5, 0.24 * (count + 4)), 5.2), layout="constrained")
   top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
@@ -74,8 +70,7 @@ def draw(response: Any, safety: SafetyConfig, hidden: tuple[int, int] = (0, 0)) 
       bottom.add_patch(Rectangle((start - 0.5, row - 0.3), stop - start, 0.6, color=color, linewidth=0))
   bottom.set(ylim=(max(len(moments), 1) - 0.5, -0.5), xlim=(QUERY_AT - 0.8, count - 0.3))
   bottom.set_yticks(range(len(moments)), [f"seen after\ntoken {view.token}" for view in moments], fontsize=8)
-  names = ["\u25aa" if hidden[0] <= t < hidden[1] else _printable(token) for t, token in enumerate(response.tokens)]
-  bottom.set_xticks([QUERY_AT, *range(count)], ["query", *names], rotation=90, fontsize=7)
+  bottom.set_xticks([QUERY_AT, *range(count)], ["query", *map(_printable, response.tokens)], rotation=90, fontsize=7)
   for axes in (top, bottom):
     axes.spines[["top", "right"]].set_visible(False)
   return figure

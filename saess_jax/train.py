@@ -238,7 +238,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
   model, tx = Llama(training), optimizer(config.optimizer, steps)
   place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with mesh, nn.logical_axis_rules(sharding.RULES):
     state, state_shardings = create_state(
         config, model,
         model_lib.stack_layers(base, training.frozen_layers) if training.scan_layers else base, tx, mesh)

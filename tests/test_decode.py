@@ -270,7 +270,7 @@ def test_on_a_mesh_batch_over_data_and_heads_over_tensor(tiny_params):
   safety, rows = SafetyConfig(threshold=pivot(tiny_params)), ROWS + ROWS[:1]
   prompt = jax.device_put(decode.pad_prompts(rows), sharding.batch_sharding(mesh))
   how = decode.decode_config(Words(), safety, SamplingConfig(), 24, buffer=48)
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with mesh, nn.logical_axis_rules(sharding.RULES):
     out = jax.jit(functools.partial(decode.decode, model.Llama(TINY)))(params, prompt, jax.random.key(5), how)
   alone = run(tiny_params, safety, rows=rows, sampling_config=SamplingConfig())
   np.testing.assert_array_equal(out.tokens, alone.tokens)

@@ -26,11 +26,11 @@ def test_the_figure_has_bands_dots_and_windows():
       text="", generated="", tokens=["a", " b", "\n", "$x$", "e"], cls_prob=[0.1, 0.2, 0.9, 0.8, NAN],
       phase=["benign", "benign", "alarm", "confirmed", "confirmed"], initial_prob=0.3, intervened_at=4, leaked=2,
       evaluations=4, prefix_tokens=0, ids=[1] * 5)
-  figure = trace.draw(response, safety, hidden=(1, 2))
+  figure = trace.draw(response, safety)
   top, bottom = figure.axes
   bands = [(p.get_x(), p.get_width(), matplotlib.colors.to_hex(p.get_facecolor())) for p in top.patches]
   assert bands == [(-0.5, 2, "#d9ead9"), (1.5, 1, "#f7e3b5"), (2.5, 2, "#f2c1bd")]
   assert [line.get_ydata()[0] for line in top.lines[:2]] == [0.3, 0.1]
   assert top.lines[-1].get_xdata()[0] == 3.5
   assert [(p.get_x(), p.get_width()) for p in bottom.patches] == [(-0.5, 1), (-0.5, 3), (-0.5, 4)]
-  assert [label.get_text() for label in bottom.get_xticklabels()] == ["query", "a", "\u25aa", "\u21b5", "\\$x\\$", "e"]
+  assert [label.get_text() for label in bottom.get_xticklabels()] == ["query", "a", "b", "\u21b5", "\\$x\\$", "e"]

@@ -120,7 +120,7 @@ def first_step(config, devices):
   batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
   training = train.config_of_training(config, shape)
   llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+  with mesh, nn.logical_axis_rules(sharding.RULES):
     state, places = train.create_state(config, llama, model.stack_layers(base, config.frozen_layers), tx, mesh)
     # Zero heads and cold starts hide differences: give every [CLS] part and adapter some size first.
     stir = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape, x.dtype)
