@@ -4,10 +4,11 @@
   python benchmarks/decode.py --quick    batches 1 and 8, fewer tokens and rounds, no growth
 
 All contestants run in one process, in turn, round after round; a figure is the median over the rounds, a ratio the
-median of the rounds' ratios. A contestant's time per token is that of a response of n tokens less that of a response
-of one, by n - 1, so that reading the prompt does not count. Weights are SmolLM2-135M's in float32, prompts are the
-embedded data's benign test requests, decoding is greedy. No response ends early, and the threshold of 1 keeps verdicts
-from changing the course: what is measured is asking [CLS], not what follows from its answers.
+median of the rounds' ratios. A time per token does not count the prompt: ours is that of `decode.advance` behind
+`decode.start`, which together are `decode.decode`; torch's is that of a response of n tokens less that of a response of
+one, by n - 1. Weights are SmolLM2-135M's in float32, prompts are the embedded data's benign test requests, decoding is
+greedy. No response ends early, and the threshold of 1 keeps verdicts from changing the course: what is measured is
+asking [CLS], not what follows from its answers.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Plan:
   prompts: tuple[int, ...] = (64, 256, 1024, 2048)
 
 
-QUICK = Plan(batches=(1, 8), tokens=12, long_tokens=96, rounds=3, responses=(), prompts=())
+QUICK = Plan(batches=(1, 8), tokens=16, long_tokens=64, rounds=2, responses=(), prompts=())
 
 
 class Endless:
@@ -73,31 +74,45 @@ class Endless:
 
 
 class Ours:
-  """The jitted decoder at one batch size and buffer. `seconds(schedule, tokens)` times one response."""
+  """The jitted decoder at one batch size and buffer, with [CLS] ("on") and as a plain language model ("off").
 
-  def __init__(self, loaded, prompt: decode.Prompt, buffer: int, with_cls: bool):
-    self._params, self._prompt, self._buffer = loaded.params, prompt, buffer
-    self._tokenizer, self._with_cls = Endless(loaded.tokenizer), with_cls
-    function = jax.jit(functools.partial(decode.decode, Llama(loaded.config.replace(scan_layers=False))))
-    self.compiled = function.lower(self._params, prompt, jax.random.key(0), self._config("each", 1)).compile()
+  Both go on behind the same prompt, read with [CLS]: what the cache holds does not change what a step costs.
+  """
 
-  def _config(self, schedule: str, tokens: int) -> decode.DecodeConfig:
+  def __init__(self, loaded, buffer: int, prompt: decode.Prompt):
+    self._tokenizer, self._buffer = Endless(loaded.tokenizer), buffer
+    self._inputs = loaded.params, prompt, jax.random.key(0)
+    model = Llama(loaded.config.replace(scan_layers=False))
+    self._start, advance = (jax.jit(functools.partial(f, model)) for f in (decode.start, decode.advance))
+    self._state = self._start(*self._inputs, self._config("first"))
+    self.compiled = {
+        with_cls: advance.lower(*self._inputs, self._config("first", with_cls), self._state, 1).compile()
+        for with_cls in (False, True)}
+
+  def _config(self, schedule: str, with_cls: bool = True) -> decode.DecodeConfig:
     # The name of a schedule is static, the array is not: one compilation serves them all.
     safety = SafetyConfig(threshold=1.0, schedule=np.asarray(decode.schedule_lib.as_array(schedule, self._buffer)))
     return decode.decode_config(
-        self._tokenizer, safety if self._with_cls else None, max_new_tokens=tokens, buffer=self._buffer)
+        self._tokenizer, safety if with_cls else None, max_new_tokens=self._buffer, buffer=self._buffer)
 
-  def seconds(self, schedule: str, tokens: int) -> float:
-    config = self._config(schedule, tokens)
+  def seconds_of_prompt(self) -> float:
     began = time.perf_counter()
-    result = jax.block_until_ready(self.compiled(self._params, self._prompt, jax.random.key(0), config))
+    jax.block_until_ready(self._start(*self._inputs, self._config("first")))
+    return time.perf_counter() - began
+
+  def seconds_per_token(self, schedule: str, tokens: int) -> float:
+    """With [CLS] asked by `schedule`, or "off"."""
+    with_cls = schedule != "off"
+    config = self._config(schedule if with_cls else "first", with_cls)
+    began = time.perf_counter()
+    state = jax.block_until_ready(self.compiled[with_cls](*self._inputs, config, self._state, tokens))
     took = time.perf_counter() - began
-    asked = int(np.sum(config.schedule[:tokens])) if self._with_cls else 0
-    if not (np.all(result.lengths == tokens) and np.all(result.evaluations == asked)):
+    asked = int(np.sum(config.schedule[:tokens])) if with_cls else 0
+    if not (np.all(state.count == tokens) and np.all(state.result.evaluations == asked)):
       raise RuntimeError(
-          f"{schedule}: expected {tokens} tokens and {asked} verdicts a row, saw {result.lengths} and "
-          f"{result.evaluations}; the benchmark does not measure what it says.")
-    return took
+          f"{schedule}: expected {tokens} tokens and {asked} verdicts a row, saw {state.count} and "
+          f"{state.result.evaluations}; the benchmark does not measure what it says.")
+    return took / tokens
 
 
 class Torch:
@@ -121,11 +136,14 @@ class Torch:
     self._model.eval()
     self._torch = torch
 
-  def faster_cache(self, rows: list[np.ndarray], tokens: int) -> str:
+  def faster_cache(self, rows: list[np.ndarray]) -> str:
     """"dynamic" or "static", by the second run of each."""
-    return min(("dynamic", "static"), key=lambda cache: [self.seconds(rows, cache, n) for n in (2, tokens)][1])
+    return min(("dynamic", "static"), key=lambda cache: [self._seconds(rows, cache, n) for n in (2, 8)][1])
 
-  def seconds(self, rows: list[np.ndarray], cache: str, tokens: int) -> float:
+  def seconds_per_token(self, rows: list[np.ndarray], cache: str, tokens: int) -> float:
+    return (self._seconds(rows, cache, tokens) - self._seconds(rows, cache, 1)) / (tokens - 1)
+
+  def _seconds(self, rows: list[np.ndarray], cache: str, tokens: int) -> float:
     torch, longest = self._torch, max(map(len, rows))
     ids = torch.tensor(np.stack([np.pad(row, (longest - len(row), 0)) for row in rows]), dtype=torch.long)
     mask = torch.tensor(np.stack([np.arange(longest) >= longest - len(row) for row in rows]), dtype=torch.long)
@@ -173,15 +191,10 @@ def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
   return array.nbytes / float(np.median(times))
 
 
-def compare(contestants: dict[str, tuple[Callable[[int], float], int]], rounds: int) -> dict[str, np.ndarray]:
-  """Seconds per token of each contestant in each round, [rounds]; a contestant is (tokens -> seconds, tokens)."""
-  for seconds, _ in contestants.values():
-    seconds(2)  # Warms up.
-  times = {name: [] for name in contestants}
-  for _ in range(rounds):
-    for name, (seconds, tokens) in contestants.items():
-      times[name].append((seconds(tokens) - seconds(1)) / (tokens - 1))
-  return {name: np.asarray(series) for name, series in times.items()}
+def compare(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+  """Seconds per token, which a contestant returns, in each round, [rounds]; a round before them warms up."""
+  times = [{name: seconds() for name, seconds in contestants.items()} for _ in range(1 + rounds)][1:]
+  return {name: np.asarray([once[name] for once in times]) for name in contestants}
 
 
 def ratio(times: dict[str, np.ndarray], name: str, base: str) -> float:
@@ -200,34 +213,27 @@ def prompts(tokenizer, count: int) -> tuple[decode.Prompt, list[np.ndarray]]:
 def speed(loaded, plan: Plan) -> dict[int, dict[str, float]]:
   """Per batch size: tokens a second of every contestant, and the ratios."""
   batches = {size: prompts(loaded.tokenizer, size) for size in plan.batches}
-  buffer = -(-(max(plan.tokens, plan.long_tokens) + 3) // 32) * 32
-  make = lambda job: Ours(loaded, batches[job[0]][0], buffer, job[1])
-  jobs = [(size, with_cls) for size in plan.batches for with_cls in (False, True)]
+  buffer = -(-max(plan.tokens, plan.long_tokens) // 32) * 32
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    rival = pool.submit(Torch, loaded)
-    ours = dict(zip(jobs, pool.map(make, jobs)))
-    rival = rival.result()
+    made = pool.map(functools.partial(Ours, loaded, buffer), [prompt for prompt, _ in batches.values()])
+    rival, ours = Torch(loaded), dict(zip(batches, made))
   results = {}
   for size in plan.batches:
-    off, on = ours[size, False], ours[size, True]
     rows = batches[size][1]
-    torch_seconds = functools.partial(rival.seconds, rows, rival.faster_cache(rows, plan.tokens))
-    times = compare({
-        "off": (functools.partial(off.seconds, "first"), plan.tokens),
-        "each": (functools.partial(on.seconds, "each"), plan.tokens),
-        "first": (functools.partial(on.seconds, "first"), plan.tokens),
-        "torch": (torch_seconds, plan.tokens)}, plan.rounds)
+    cache = rival.faster_cache(rows)
+    us = lambda schedule, tokens, size=size: functools.partial(ours[size].seconds_per_token, schedule, tokens)
+    times = compare({name: us(name, plan.tokens) for name in ("off", "each", "first")} | {
+        "torch": functools.partial(rival.seconds_per_token, rows, cache, plan.tokens)}, plan.rounds)
     if size == 1 or plan.responses:
-      times |= {f"{name}_long": series for name, series in compare({
-          "off": (functools.partial(off.seconds, "first"), plan.long_tokens),
-          "annealing": (functools.partial(on.seconds, "annealing"), plan.long_tokens)}, plan.rounds).items()}
+      times |= compare({
+          f"{name}_long": us(name, plan.long_tokens) for name in ("off", "annealing")}, plan.rounds)
     results[size] = {f"tokens_per_second_{name}": round(size / float(np.median(t)), 1) for name, t in times.items()} | {
         "overhead_each": round(ratio(times, "each", "off") - 1, 3),
         "overhead_first": round(ratio(times, "first", "off") - 1, 3),
         "vs_torch": ratio(times, "torch", "off"), "ms_off": round(1e3 * float(np.median(times["off"])), 2)}
     if "annealing_long" in times:
       results[size]["overhead_annealing"] = round(ratio(times, "annealing_long", "off_long") - 1, 3)
-    memory = on.compiled.memory_analysis()
+    memory = ours[size].compiled[True].memory_analysis()
     results[size]["megabytes_beside_weights"] = round((memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20)
     print(f"batch {size}: {results[size]}", flush=True)
   return results
@@ -239,17 +245,15 @@ def growth(loaded, plan: Plan) -> dict[str, dict[int, float]]:
   table: dict[str, dict[int, float]] = {"ms_per_token_off": {}, "ms_per_token_each": {}, "ms_of_prompt": {}}
   prompt = prompts(loaded.tokenizer, 1)[0]
   for buffer in plan.responses:
-    off, each = (Ours(loaded, prompt, buffer, with_cls) for with_cls in (False, True))
-    times = compare({"off": (functools.partial(off.seconds, "first"), 32),
-                     "each": (functools.partial(each.seconds, "each"), 32)}, 3)
+    one = Ours(loaded, buffer, prompt)
+    times = compare({name: functools.partial(one.seconds_per_token, name, 32) for name in ("off", "each")}, 3)
     for name, series in times.items():
       table[f"ms_per_token_{name}"][buffer] = round(1e3 * float(np.median(series)), 2)
   for length in plan.prompts:
     kinds = np.full(length, 3, np.int32)
     kinds[-5], kinds[-4:] = 1, 4
-    one = Ours(loaded, decode.pad_prompts([(tokens[:length], kinds)], length=length), 32, True)
-    one.seconds("first", 1)
-    table["ms_of_prompt"][length] = round(1e3 * float(np.median([one.seconds("first", 1) for _ in range(3)])))
+    one = Ours(loaded, 32, decode.pad_prompts([(tokens[:length], kinds)], length=length))
+    table["ms_of_prompt"][length] = round(1e3 * float(np.median([one.seconds_of_prompt() for _ in range(3)])))
   return table
 
 

@@ -11,6 +11,7 @@ from saess_jax.config import (
     OptimizerConfig,
     ProbeConfig,
     RolloutConfig,
+    SafetyConfig,
     TrainConfig,
     to_config_dict,
 )
@@ -28,5 +29,6 @@ def get_config():
       probes=ProbeConfig(min_window=1, benign_weight=6.0),
       loss=LossConfig(cls_weight=1.0),  # A few hundred steps: the signal has to be learned quickly.
       optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=20, weight_decay=0.01),
+      safety=SafetyConfig(threshold=0.35),  # Where misses and false alarms of the validation split balance.
       eval_every=0, save_every=1000, keep_last=1,
   ))

@@ -23,7 +23,7 @@ import numpy as np
 from saess_jax import masks, policy, sampling
 from saess_jax import schedule as schedule_lib
 from saess_jax.attention import Step
-from saess_jax.config import SafetyConfig
+from saess_jax.config import SafetyConfig, dtype_of
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, init_cache, output_head
 from saess_jax.sampling import SamplingConfig
@@ -332,7 +332,7 @@ def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
     # A step at which no row's verdict is due runs without the [CLS] rows. Two loops of one turn or none: the cache is
     # updated where it lies, while the branches of a `lax.cond` would each copy it.
     due = jnp.any(wanted)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, window, s.cache)[:2])
+    nothing = jnp.zeros((len(alive), model.config.embed_dim), dtype_of(model.config.dtype)), jnp.zeros(len(alive))
     once = lambda wanted, cls_sees, out: jax.lax.while_loop(
         lambda c: c[0], lambda c: (jnp.zeros((), bool), run(cls_sees, c[1][2])), (wanted, out))[1]
     hidden, cls_logit, cache = once(~due, None, once(due, window, (*nothing, s.cache)))
