@@ -58,7 +58,7 @@ class Plan:
   prompts: tuple[int, ...] = (64, 256, 1024, 2048)
 
 
-QUICK = Plan(batches=(1, 8), tokens=16, long_tokens=64, rounds=2, responses=(), prompts=())
+QUICK = Plan(batches=(1, 8), tokens=12, long_tokens=64, rounds=2, responses=(), prompts=())
 
 
 class Endless:
@@ -88,6 +88,8 @@ class Ours:
     self.compiled = {
         with_cls: advance.lower(*self._inputs, self._config("first", with_cls), self._state, 1).compile()
         for with_cls in (False, True)}
+    for schedule in ("off", "each"):  # Warms up.
+      self.seconds_per_token(schedule, 1)
 
   def _config(self, schedule: str, with_cls: bool = True) -> decode.DecodeConfig:
     # The name of a schedule is static, the array is not: one compilation serves them all.
@@ -128,7 +130,7 @@ class Torch:
           num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
           head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
           tie_word_embeddings=c.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
-    tensors = {name: torch.from_numpy(array) for name, array in _hf_state(loaded.params).items()}
+    tensors = {name: torch.tensor(array) for name, array in _hf_state(jax.device_get(loaded.params)).items()}
     missing, unexpected = self._model.load_state_dict(tensors, strict=False)
     if unexpected or missing != ["lm_head.weight"]:  # Tied to the embedding.
       raise RuntimeError(f"transformers' model lacks {missing} and does not know {unexpected}.")
@@ -175,7 +177,7 @@ def _hf_state(params) -> dict[str, np.ndarray]:
     state[f"{prefix}.self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
     for part in ("gate", "up", "down"):
       state[f"{prefix}.mlp.{part}_proj.weight"] = layer["mlp"][part]["kernel"].T
-  return {name: np.array(array, np.float32, order="C") for name, array in state.items()}
+  return {name: np.asarray(array) for name, array in state.items()}
 
 
 def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
@@ -192,8 +194,8 @@ def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
 
 
 def compare(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-  """Seconds per token, which a contestant returns, in each round, [rounds]; a round before them warms up."""
-  times = [{name: seconds() for name, seconds in contestants.items()} for _ in range(1 + rounds)][1:]
+  """Seconds per token, which a contestant that has run before returns, in each round, [rounds]."""
+  times = [{name: seconds() for name, seconds in contestants.items()} for _ in range(rounds)]
   return {name: np.asarray([once[name] for once in times]) for name in contestants}
 
 
