@@ -74,7 +74,7 @@ class Endless:
 
 
 class Ours:
-  """The jitted decoder at one batch size and buffer, with [CLS] ("on") and as a plain language model ("off").
+  """The jitted decoder at one batch size and buffer, with [CLS] and as a plain language model.
 
   Both go on behind the same prompt, read with [CLS]: what the cache holds does not change what a step costs.
   """
