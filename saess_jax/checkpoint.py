@@ -159,7 +159,8 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
     tokens = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.jit(model_lib.Llama(shape).init)(jax.random.key(config.seed), tokens)
     return shape, nn.unbox(boxed["params"]), hf.byte_tokenizer()
-  loaded = hf.load_pretrained(config.weights, dtype)
+  is_run = (pathlib.Path(config.weights).expanduser() / "checkpoints").is_dir()
+  loaded = _load_run(config.weights) if is_run else hf.load_pretrained(config.weights, dtype)
   shape = loaded.config.replace(**overrides)
   if config.model:
     preset = config_lib.model_config(config.model, **overrides)
@@ -172,6 +173,15 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
           'are, or set model to "" to take their shape.')
     shape = preset.replace(rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps)
   return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
+
+
+def _load_run(path: str | pathlib.Path) -> hf.Pretrained:
+  """The last weights of another run: the best by validation may be far from where its loss ended."""
+  checkpoints = Checkpoints(path)
+  step = checkpoints.latest_step()
+  checkpoints.close()
+  model, params, tokenizer, _ = load_for_research(path, step)
+  return hf.Pretrained(model.config, params, tokenizer)
 
 
 def load_for_research(

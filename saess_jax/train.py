@@ -78,6 +78,8 @@ def check(config: TrainConfig) -> None:
         f"cls_sees_response is {config.cls_sees_response!r}; expected one of {', '.join(masks.CLS_SEES_RESPONSE)}.")
   if config.stage == "pretrain" and config.probes.per_sequence:
     raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
+  if config.stage == "pretrain" and config.rollouts.enabled:
+    raise ValueError("rollouts answer prompts, and stage pretrain reads documents; set rollouts.enabled to False.")
   if config.data.responses == "rollouts" and not config.rollouts.enabled:
     raise ValueError(
         "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
@@ -214,14 +216,15 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   """
   check(config)
   mesh = sharding.make_mesh(config.mesh)
-  rows = {split: sources.load_split(config.data.source, split) for split in ("train", "validation")}
+  dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
+  rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
   sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
   shape, base, tokenizer = checkpoint.load_base(config)
   training = config_of_training(config, shape)
   for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
     pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config)
   workdir = checkpoint.claim_workdir(workdir, config)
-  rows = {split: list(builder.load(config.data.source, split, str(workdir / "data"))) for split in rows}
+  rows = {split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows}
   limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
   rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
   known = None

@@ -29,7 +29,8 @@ def test_several_files_keep_their_order_and_name(tmp_path):
 
 
 @pytest.mark.parametrize("columns, field", [
-    *((name, "prompt") for name in ("prompt", "goal", "behavior", "Behavior", "instruction", "question", "PROMPT")),
+    *((name, "prompt") for name in (
+        "prompt", "goal", "behavior", "Behavior", "instruction", "question", "text", "PROMPT")),
     *((f"prompt,{name}", "response") for name in ("response", "output", "answer", "refusal", "Safe_Response"))])
 def test_column_names(tmp_path, columns, field):
   values = ["p"] * columns.count(",") + ["text"]
@@ -67,7 +68,7 @@ def test_json_numbers_and_byte_order_mark(tmp_path):
     ("a.csv", "prompt,label\np,1\nq, r,0\n", r"a.csv:3: 1 more fields than the 2 columns"),
     ("a.csv", "prompt,label\np\n", r"a.csv:2: no field for column label"),
     ("a.csv", 'prompt,label\n"p"x,1\n', r"a.csv:2: malformed CSV"),
-    ("a.csv", "text,label\np,1\n", r"a.csv:2: no prompt column; expected one of prompt, goal.*found text, label"),
+    ("a.csv", "body,label\np,1\n", r"a.csv:2: no prompt column; expected one of prompt, goal.*found body, label"),
     ("a.csv", "prompt,label\n ,1\n", r"a.csv:2: prompt is ' '; expected text"),
     ("a.csv", "prompt,label\np,evil\n", r"a.csv:2: label is 'evil'; expected one of benign, safe"),
     ("a.csv", "prompt,label\np,\n", r"a.csv:2: no label.*default_label"),

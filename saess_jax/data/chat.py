@@ -1,4 +1,4 @@
-"""Chat messages -> tokens and their kinds, through the tokenizer's own chat template.
+"""Chat messages -> tokens and their kinds, through the tokenizer's own chat template; documents without one.
 
 Which text is the user's is found by rendering the template with unguessable placeholders for the contents, never by
 looking for words of a template in the result: those a user can type. Axis: S tokens.
@@ -109,6 +109,33 @@ def encode_example(
   return insert_cls(tokens, kinds, stage, header_sees_cls)
 
 
+def encode_document(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str, max_length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """A document of the pretraining stage in the stored layout, in chunks of at most `max_length` tokens, [CLS] included.
+
+  No template: each chunk is BOS (AUX, where the tokenizer has one) and text, which is RESPONSE, so that all of it is
+  trained on but a first token that nothing predicts. Special tokens in the text are plain text. [CLS] stands last.
+
+  Returns:
+    (tokens int32 [S], kinds int32 [S]) of each chunk.
+
+  Raises:
+    ValueError: `max_length` holds less than [CLS], a first token and one to predict.
+  """
+  if max_length < 3:
+    raise ValueError(f"max_length is {max_length}; expected 3 or more: [CLS], a first token and one to predict.")
+  start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+  ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+  room, chunks = max_length - 1 - len(start), []
+  for at in range(0, len(ids), room):
+    tokens = np.asarray(start + ids[at : at + room], np.int32)
+    kinds = np.full(len(tokens), TokenKind.RESPONSE, np.int32)
+    kinds[0] = TokenKind.AUX
+    chunks.append(insert_cls(tokens, kinds, "pretrain"))
+  return chunks
+
+
 def _check_messages(messages: Messages, system_prompt: str) -> list[dict[str, str]]:
   messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
   if system_prompt:
@@ -139,6 +166,10 @@ def _render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, list[tuple[
       for index, message in enumerate(messages)
   ]
   rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+  if mark not in rendered and re.search(r"\btype['\"\]]*\s*==\s*['\"]text", tokenizer.chat_template):
+    # It takes a content in parts (Llama Guard 3 1B), and drops a plain str without a word.
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in marked]
+    rendered = tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
   # [template text, tab or not, index, tab or not, template text, ...]
   pieces = re.split(rf"(\t?){mark}-(\d+);(\t?)", rendered)
   found = [int(index) for index in pieces[2::4]]

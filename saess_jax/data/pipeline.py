@@ -51,13 +51,18 @@ def build_examples(
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn.
 
+  In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
+
   Args:
     rollouts: prompt -> completion by the unaligned base model, as sampled token ids (with the end-of-turn token if it
       came to that) or as a finished text.
 
   Raises:
-    ValueError: as `chat.encode_example`, for a prompt that is too long above all; `data.responses` is unknown.
+    ValueError: as `chat.encode_example`, for a prompt that is too long above all; `data.responses` is unknown; a row
+      with a response in stage "pretrain".
   """
+  if config.stage == "pretrain":
+    return [example for row in rows for example in _documents(tokenizer, row, config)]
   if config.data.responses not in RESPONSES:
     raise ValueError(f"data.responses is {config.data.responses!r}; expected one of {', '.join(RESPONSES)}.")
   rollouts, rng = rollouts or {}, np.random.default_rng(config.seed)
@@ -88,6 +93,15 @@ def build_examples(
     else:
       examples.append(example(row, rollout if len(rollout) else encode_response(row.response), "benign", 0))
   return examples
+
+
+def _documents(tokenizer, row: sources.Row, config: TrainConfig) -> list[Example]:
+  if row.response:
+    raise ValueError(
+        f"stage 'pretrain' reads documents, but a row of {row.source} has a response: {row.prompt[:60]!r}. Name a file "
+        "with a text column in data.source (python -m saess_jax.data.label writes one), or set stage to 'sft'.")
+  chunks = chat.encode_document(tokenizer, row.prompt, config.data.max_length)
+  return [Example(tokens, kinds, row.label, "document", 0, len(tokens) - 2) for tokens, kinds in chunks]
 
 
 def _bare(example: Example, special_ids: Sequence[int]) -> Example:
@@ -183,7 +197,8 @@ class Batches(Sequence):
     targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
     positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
     positions = positions - (example.kinds[positions] == TokenKind.CLS)
-    num_losses = 0 if _is_query(example) else min(config.data.max_response + 1, size)
+    longest = size if example.trajectory == "document" else min(config.data.max_response + 1, size)
+    num_losses = 0 if _is_query(example) else longest
     # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
     label_weight = real and example.trajectory != "harmful"
     return {
@@ -237,8 +252,8 @@ def make_loader(
   A batch is a dict of numpy arrays:
     tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
     targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
-    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S); R and P are 0 in a
-    batch of queries alone.
+    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S), S for documents; R
+    and P are 0 in a batch of queries alone.
   Copies that fill up the last batch have weight 0 throughout.
 
   Raises:

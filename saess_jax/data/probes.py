@@ -11,7 +11,7 @@ import numpy as np
 
 from saess_jax.config import ProbeConfig, SafetyConfig
 
-TRAJECTORIES = ("none", "refusal", "interrupted", "harmful", "benign")
+TRAJECTORIES = ("none", "document", "refusal", "interrupted", "harmful", "benign")
 # Rule of each probe in turn. Rule 2 comes first and twice: most steps of a benign run are decided by it.
 _RULES = (2, 1, 3, 2)
 
@@ -28,7 +28,7 @@ def draw_probes(
   Labels: "harmful" (a completion of a malicious prompt by the unaligned base model) is 1 everywhere, "benign" 0
   everywhere. A "refusal" is harmless text after a malicious prompt: 1 where the view has the query, 0 where not. An
   "interrupted" response is harmful first and a refusal then: only its views with the query count. "none" is no
-  response: no probes either, P = 0.
+  response, and a "document" (pretraining) has no views: no probes either, P = 0.
 
   Args:
     trajectory: one of `TRAJECTORIES`.
@@ -44,7 +44,7 @@ def draw_probes(
   """
   if trajectory not in TRAJECTORIES:
     raise ValueError(f"trajectory is {trajectory!r}; expected one of {', '.join(TRAJECTORIES)}.")
-  rules = [_RULES[i % len(_RULES)] for i in range(probes.per_sequence if trajectory != "none" else 0)]
+  rules = [_RULES[i % len(_RULES)] for i in range(0 if trajectory in ("none", "document") else probes.per_sequence)]
   views = np.array([_draw_view(rule, num_tokens, safety, probes, rng) for rule in rules], np.int32).reshape(-1, 3)
   sees_query, sizes = views[:, 0] > 0, views[:, 2] - views[:, 1]
   labels = sees_query | (trajectory == "harmful") if trajectory != "benign" else np.zeros_like(sees_query)

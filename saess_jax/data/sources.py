@@ -1,9 +1,10 @@
 """Rows of labelled prompts: the embedded set, or a user's CSV, JSONL and text files.
 
 A file needs one prompt column; names are matched whatever their case, and where a file has several of them the first
-in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, both optional and possibly empty). A filled
-`input` column beside an `instruction` prompt (Alpaca) is appended to it after a blank line. `label` takes one of
-`LABEL_WORDS`. A `.txt` file holds one prompt a line and no labels.
+in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, both optional and possibly empty); in stage
+"pretrain" it is a document, by custom in a column `text`. A filled `input` column beside an `instruction` prompt
+(Alpaca) is appended to it after a blank line. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a line
+and no labels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
-PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question")
+PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "text")
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
 LABEL_WORDS = {
     "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
@@ -70,7 +71,7 @@ def embedded_rows(split: str, path: str | None = None) -> list[Row]:
   folder = importlib.resources.files(__package__) / "embedded" if path is None else pathlib.Path(path)
   rows = []
   for file in sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda f: f.name):
-    for line, record in _read_jsonl(file.read_text(encoding="utf-8"), file.name):
+    for line, record in read_jsonl(file.read_text(encoding="utf-8"), file.name):
       if record.get("split") not in SPLITS:
         raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
       if record["split"] == split:
@@ -138,7 +139,7 @@ def _split_of(prompt: str, seed: int) -> str:
 
 
 def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
-  readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}
+  readers = {".csv": _read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
   if path.suffix.lower() not in readers:
     raise ValueError(f"{path} ends in {path.suffix!r}; expected {', '.join(readers)}.")
   if not path.is_file():
@@ -171,7 +172,12 @@ def _read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
   return records
 
 
-def _read_jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+def read_jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  """The objects of a JSONL text with their line numbers; blank lines are left out.
+
+  Raises:
+    ValueError: a line that is no JSON object, with its number and `name`.
+  """
   records = []
   for line, content in enumerate(text.split("\n"), 1):  # Not splitlines: JSON strings may hold U+2028 as it is.
     if not content.strip():
