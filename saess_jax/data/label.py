@@ -1,0 +1,291 @@
+"""Labels a text corpus with a guard model: the documents of the pretraining stage (paper: Wikipedia, by Llama Guard).
+
+  python -m saess_jax.data.label --corpus wiki.jsonl --guard meta-llama/Llama-Guard-3-8B --out labelled.jsonl
+
+A corpus is .jsonl with a column `text`, or .txt with a document a line. A document longer than `--max-tokens` is cut
+into pieces [ours], each judged for itself, so that every label belongs to text that the guard has seen whole. The
+output, which is `data.source` of the pretraining run, has a line a piece: text, label, p_unsafe, document, piece.
+
+P(unsafe) is that of the first token of "unsafe" against that of "safe" where the guard's answer begins, as Llama
+Guard's model cards have it. Llama Guard 1 and 2 answer right behind "[/INST]"; Llama Guard 3 first ends its header,
+which its template leaves open, with a blank line: that is put there for it. The same command goes on where it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from saess_jax import hf, sharding
+from saess_jax import model as model_lib
+from saess_jax.config import LabelConfig, MeshConfig, check_ranges
+from saess_jax.data import chat, sources
+from saess_jax.model import Llama
+
+CHUNK = 8  # Batches between two writes.
+WORDS = ("safe", "unsafe")  # What a guard answers; the index is the label.
+_OPEN_HEADER = "<|end_header_id|>"  # Ends the prompt of a template that leaves the header line open.
+_STEP = 64  # Padded lengths are multiples: few are compiled.
+_SLACK = 16  # Tokens by which a piece may grow when it is read apart from its neighbours.
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A part of a document, or all of it, counted from 0 in the corpus and in the document."""
+
+  text: str
+  document: int
+  piece: int
+
+
+class Guard:
+  """A model that answers "safe" or "unsafe" in its chat template."""
+
+  def __init__(self, loaded: hf.Pretrained, config: LabelConfig, devices: Sequence[Any] | None = None):
+    """Lays the weights out over this process's devices.
+
+    Raises:
+      ValueError: the tokenizer begins both words alike; the template with `max_tokens` exceeds the model's context; a
+        batch size that the devices do not divide; a template that does not show the document.
+    """
+    self.tokenizer, self.config = loaded.tokenizer, config
+    shape = loaded.config.replace(dtype=config.dtype)
+    self._words = _first_tokens(self.tokenizer)
+    needed = len(self._encode("x")) + config.max_tokens + _SLACK
+    if needed > shape.max_seq_len:
+      raise ValueError(
+          f"A piece of {config.max_tokens} tokens makes {needed} in the guard's template; its context is "
+          f"{shape.max_seq_len}. Lower --max-tokens to {shape.max_seq_len - needed + config.max_tokens} or less.")
+    devices = jax.local_devices() if devices is None else devices
+    if config.batch_size % len(devices):
+      raise ValueError(f"--batch-size {config.batch_size} cannot be divided among {len(devices)} devices.")
+    self._mesh = sharding.make_mesh(MeshConfig(), devices)
+    model = Llama(shape)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    self._params = jax.tree.map(jax.device_put, loaded.params, sharding.shardings(boxed, self._mesh))
+    self._judge = jax.jit(functools.partial(_judge, model, self._words))
+
+  def _encode(self, text: str) -> np.ndarray:
+    """The prompt up to where the answer begins; nothing that a document says is read as a special token."""
+    tokens, _ = chat.encode_prompt(self.tokenizer, text)
+    if self.tokenizer.decode(tokens[-1:]) == _OPEN_HEADER:
+      tokens = np.append(tokens, self.tokenizer("\n\n", add_special_tokens=False).input_ids)
+    return tokens.astype(np.int32)
+
+  def cut(self, text: str) -> list[str]:
+    """Pieces of at most about `max_tokens` tokens, cut at white space where the second half of one has any."""
+    limit = self.config.max_tokens
+    offsets = self.tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True).offset_mapping
+    pieces, start, token = [], 0, 0
+    while token + limit < len(offsets):
+      stop = offsets[token + limit][0]
+      half = offsets[token + limit // 2][0]
+      spaces = [at for at in range(half, stop) if text[at].isspace()]
+      stop = max(spaces[-1] + 1 if spaces else stop, start + 1)
+      pieces.append(text[start:stop])
+      start = stop
+      while token < len(offsets) and offsets[token][0] < start:
+        token += 1
+    return [piece for piece in [*pieces, text[start:]] if piece.strip()]
+
+  def p_unsafe(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """P(unsafe) of each text, and the share of probability that the answer words have in all; float32 both."""
+    prompts = [self._encode(text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))  # Neighbours of like length: little padding.
+    results = np.zeros((len(texts), 2), np.float32)
+    place = sharding.batch_sharding(self._mesh)
+    for at in range(0, len(order), self.config.batch_size):
+      chosen = order[at : at + self.config.batch_size]
+      filled = chosen + chosen[:1] * (self.config.batch_size - len(chosen))
+      last = np.asarray([len(prompts[i]) - 1 for i in filled], np.int32)
+      size = -(-(last.max() + 1) // _STEP) * _STEP
+      tokens = np.stack([np.pad(prompts[i], (0, size - len(prompts[i]))) for i in filled])
+      with self._mesh, nn.logical_axis_rules(sharding.RULES):
+        out = self._judge(self._params, *jax.device_put((tokens, last), place))
+      results[chosen] = np.asarray(out)[: len(chosen)]
+    return results[:, 0], results[:, 1]
+
+
+def _judge(model: Llama, words, params, tokens: jax.Array, last: jax.Array) -> jax.Array:
+  """float32 [B, 2]: P(unsafe) and the answer words' share, at index `last` [B] of right-padded `tokens` [B, S]."""
+  hidden = model.apply({"params": params}, tokens).hidden
+  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  head = model_lib.output_head(params).astype(hidden.dtype)
+  logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+  safe, unsafe = (jax.nn.logsumexp(logits[:, np.asarray(ids)], axis=-1) for ids in words)
+  share = jnp.exp(jnp.logaddexp(safe, unsafe) - jax.nn.logsumexp(logits, axis=-1))
+  return jnp.stack([jax.nn.sigmoid(unsafe - safe), share], axis=-1)
+
+
+def _first_tokens(tokenizer) -> tuple[list[int], list[int]]:
+  """The ids that "safe" and "unsafe" can begin with, with and without a space before them, less those of both."""
+  first = lambda text: tokenizer(text, add_special_tokens=False).input_ids[:1]
+  safe, unsafe = ({*first(word), *first(f" {word}")} - {tokenizer.unk_token_id} for word in WORDS)
+  if not safe - unsafe or not unsafe - safe:
+    raise ValueError(
+        f'The guard\'s tokenizer begins "safe" with {sorted(safe)} and "unsafe" with {sorted(unsafe)}: no first token '
+        "tells them apart. Name a model that answers with these words, such as Llama Guard.")
+  return sorted(safe - unsafe), sorted(unsafe - safe)
+
+
+def documents(corpus: str) -> Iterator[str]:
+  """The texts of a corpus, of several files where commas separate them; nothing is kept in memory.
+
+  Raises:
+    FileNotFoundError: a file that does not exist.
+    ValueError: an ending other than .jsonl and .txt, a malformed line, or a row without text (file and line are named).
+  """
+  for path in _paths(corpus):
+    with path.open(encoding="utf-8-sig") as file:
+      try:
+        for number, line in enumerate(file, 1):
+          if line.strip():
+            yield line.strip() if path.suffix == ".txt" else _document(line, f"{path.name}:{number}")
+      except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+
+
+def _document(line: str, where: str) -> str:
+  try:
+    text = json.loads(line)["text"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{where} is no JSON object with a column text ({type(error).__name__}: {error}).") from error
+  if not isinstance(text, str) or not text.strip():
+    raise ValueError(f"{where}: text is {text!r:.60}; expected text.")
+  return text
+
+
+def _paths(corpus: str) -> list[pathlib.Path]:
+  paths = [pathlib.Path(name.strip()).expanduser() for name in corpus.split(",") if name.strip()]
+  if not paths:
+    raise ValueError(f"No corpus in {corpus!r}; expected a path, or several separated by commas.")
+  for path in paths:
+    if path.suffix not in (".jsonl", ".txt"):
+      raise ValueError(f"{path} ends in {path.suffix!r}; expected .jsonl with a column text, or .txt.")
+    if not path.is_file():
+      raise FileNotFoundError(f"Corpus {path} does not exist; several files are separated by commas.")
+  return paths
+
+
+def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
+  """Labels what is not labelled yet of this shard's documents (every `shards`-th), and returns the output's path.
+
+  Raises:
+    ValueError: bad settings or corpus, an output that holds something else; before the guard is loaded.
+    FileNotFoundError: no such corpus or guard.
+  """
+  if not 0 <= shard < shards:
+    raise ValueError(f"shard is {shard} of {shards}; expected 0 to {shards - 1}.")
+  check_ranges(config, threshold=(0, 1), max_tokens=(2, 1 << 20), batch_size=(1, 1 << 20))
+  count = sum(1 for _ in documents(config.corpus))  # The whole corpus is checked before any work.
+  if not count:
+    raise ValueError(f"{config.corpus} has no documents; nothing to label.")
+  path = pathlib.Path(config.out).expanduser()
+  if shards > 1:
+    path = path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
+  claim = {name: getattr(config, name) for name in ("guard", "threshold", "max_tokens", "dtype")} | {
+      "sha256": [_sha256(name) for name in _paths(config.corpus)], "shard": shard, "shards": shards}
+  done = _read_own(path, claim)
+  guard = Guard(hf.load_pretrained(config.guard, config.dtype), config)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _record(path).write_text(json.dumps(claim, indent=2) + "\n", encoding="utf-8")
+
+  mine = ((i, text) for i, text in enumerate(documents(config.corpus)) if i % shards == shard)
+  pieces = (Piece(text, i, j) for i, whole in mine for j, text in enumerate(guard.cut(whole)))
+  for record in done:
+    piece = next(pieces, None)
+    if piece is None or piece.text != record["text"]:
+      raise ValueError(
+          f"{path} and the corpus, as this guard cuts it, part at document {record['document']}; give another --out.")
+  total = len(range(shard, count, shards))
+  with tqdm.tqdm(total=total, desc="label", unit="document") as bar, path.open("a", encoding="utf-8") as file:
+    malicious, labelled = sum(record["label"] == sources.LABELS[1] for record in done), len(done)
+    bar.update(done[-1]["document"] // shards if done else 0)
+    while chunk := list(itertools.islice(pieces, CHUNK * config.batch_size)):
+      probabilities, shares = guard.p_unsafe([piece.text for piece in chunk])
+      if not labelled and np.median(shares) < 0.5:
+        bar.write(
+            f'The guard gives "safe" and "unsafe" together {np.median(shares):.0%} of the probability of its first '
+            "token: is it a guard, and is its chat template its own?")
+      for piece, probability in zip(chunk, probabilities.tolist()):
+        is_malicious = probability >= config.threshold
+        malicious, labelled = malicious + is_malicious, labelled + 1
+        file.write(json.dumps({
+            "text": piece.text, "label": sources.LABELS[is_malicious], "p_unsafe": round(probability, 6),
+            "document": piece.document, "piece": piece.piece}) + "\n")
+      file.flush()
+      bar.update(chunk[-1].document // shards + 1 - bar.n)
+    bar.update(total - bar.n)
+  print(f"{path}: {total} documents in {labelled} pieces, {malicious} malicious ({malicious / labelled:.2%}).")
+  return path
+
+
+def _record(path: pathlib.Path) -> pathlib.Path:
+  """The file that says what `path` is made from."""
+  return path.with_name(f"{path.name}.json")
+
+
+def _read_own(path: pathlib.Path, claim: dict[str, Any]) -> list[dict[str, Any]]:
+  """What this job has written to `path` before; a last line cut short by a crash is dropped."""
+  if not path.exists():
+    return []
+  if not _record(path).exists():
+    raise ValueError(
+        f"{path} exists, and {_record(path).name}, which says what it is made from, does not; give another --out.")
+  there = json.loads(_record(path).read_text(encoding="utf-8"))
+  different = [
+      f"{key} is {value!r} now and {there.get(key)!r} there" for key, value in claim.items() if value != there.get(key)]
+  if different:
+    raise ValueError(
+        f"{path} was begun with another corpus or other settings: {'; '.join(different)}. Give another --out, or what "
+        "was given then to go on.")
+  text = path.read_text(encoding="utf-8")
+  whole = text[: text.rfind("\n") + 1]
+  if whole != text:
+    path.write_text(whole, encoding="utf-8")
+  return [content for _, content in sources.read_jsonl(whole, path.name)]
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(prog="python -m saess_jax.data.label", description="Labels a corpus with a guard.")
+  parser.add_argument("--corpus", required=True, help=".jsonl with a column text, or .txt; several with commas")
+  parser.add_argument("--guard", required=True, help="Hub id or folder of a Llama Guard, or a .gguf file")
+  parser.add_argument("--out", required=True, help="JSONL to write; with shards, -00000-of-00004 goes into its name")
+  parser.add_argument("--threshold", type=float, default=LabelConfig.threshold, help="P(unsafe) that is malicious")
+  parser.add_argument("--max-tokens", "--max_tokens", type=int, default=LabelConfig.max_tokens, help="of a piece")
+  parser.add_argument("--batch-size", "--batch_size", type=int, default=LabelConfig.batch_size)
+  parser.add_argument("--dtype", default=LabelConfig.dtype, help="bfloat16 or float32")
+  parser.add_argument("--shard", type=int, help="which of --shards this process labels; by default the process's index")
+  parser.add_argument("--shards", type=int, help="by default the number of processes")
+  options = vars(parser.parse_args(argv))
+  shard, shards = options.pop("shard"), options.pop("shards")
+  try:
+    label(
+        LabelConfig(**options), jax.process_index() if shard is None else shard,
+        jax.process_count() if shards is None else shards)
+  except (ValueError, FileNotFoundError) as error:
+    parser.error(str(error))
+
+
+if __name__ == "__main__":
+  main()
