@@ -7,9 +7,9 @@ into pieces [ours], each judged for itself, so that every label belongs to text 
 output, which is `data.source` of the pretraining run, has a line a piece: text, label, p_unsafe, document, piece.
 
 P(unsafe) is that of the first token of "unsafe" against that of "safe" where the guard's answer begins, as Llama
-Guard's model cards have it. Llama Guard 1 and 2 answer right behind "[/INST]"; Llama Guard 3 first ends its header,
-which its template leaves open, with a blank line: that is put there for it. The same command goes on where it was
-interrupted.
+Guard's model cards have it. Llama Guard 1 and 2 answer right behind their template; that of Llama Guard 3 ends in an
+open header, which the model first closes with a blank line: that is put there for it. The same command goes on where it
+was interrupted.
 """
 
 from __future__ import annotations
