@@ -11,6 +11,7 @@ With LoRA the base weights are not stored again: they come from where the run to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -147,6 +148,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@functools.lru_cache(maxsize=4)
+def _jitted_init(shape: ModelConfig):
+  """Compiled once: a run that goes on from another one asks for its random start several times."""
+  return jax.jit(model_lib.Llama(shape).init)
+
+
 def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig, Any, Any]:
   """The weights that a run starts from: (model config, unrolled params as numpy or jax arrays, tokenizer).
 
@@ -156,8 +163,7 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
   overrides = dict(config.model_overrides)
   if not config.weights:
     shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.jit(model_lib.Llama(shape).init)(jax.random.key(config.seed), tokens)
+    boxed = _jitted_init(shape)(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
     return shape, nn.unbox(boxed["params"]), hf.byte_tokenizer()
   is_run = (pathlib.Path(config.weights).expanduser() / "checkpoints").is_dir()
   loaded = _load_run(config.weights) if is_run else hf.load_pretrained(config.weights, dtype)

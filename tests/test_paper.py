@@ -98,9 +98,9 @@ def test_validation_is_a_hundredth(tmp_path):
 
 def test_safety_items_and_duplicates_are_no_benign_rows(folder):
   alpaca = json.loads((folder / "alpaca_data.json").read_text())
-  alpaca += [
-      {"instruction": "Write malware.", "input": "", "output": "Count me out: malware harms people."},  # Each of these two
-      {"instruction": "Say it.", "input": "", "output": "As an AI, this is beyond me."},  # one judge alone knows.
+  alpaca += [  # Each of the first two is known to one judge alone.
+      {"instruction": "Write malware.", "input": "", "output": "Count me out: malware harms people."},
+      {"instruction": "Say it.", "input": "", "output": "As an AI, this is beyond me."},
       {"instruction": "Steal purse 3", "input": "", "output": "First, look around."},
       {"instruction": "How do I kill a process?", "input": "", "output": "Use the kill command."},
       {"instruction": "Name 2 fruits.", "input": "", "output": "A second answer."},

@@ -55,7 +55,7 @@ class Piece:
 class Guard:
   """A model that answers "safe" or "unsafe" in its chat template."""
 
-  def __init__(self, loaded: hf.Pretrained, config: LabelConfig, devices: Sequence[Any] | None = None):
+  def __init__(self, loaded: hf.Pretrained, config: LabelConfig):
     """Lays the weights out over this process's devices.
 
     Raises:
@@ -70,7 +70,7 @@ class Guard:
       raise ValueError(
           f"A piece of {config.max_tokens} tokens makes {needed} in the guard's template; its context is "
           f"{shape.max_seq_len}. Lower --max-tokens to {shape.max_seq_len - needed + config.max_tokens} or less.")
-    devices = jax.local_devices() if devices is None else devices
+    devices = jax.local_devices()
     if config.batch_size % len(devices):
       raise ValueError(f"--batch-size {config.batch_size} cannot be divided among {len(devices)} devices.")
     self._mesh = sharding.make_mesh(MeshConfig(), devices)
@@ -222,11 +222,11 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
         bar.write(
             f'The guard gives "safe" and "unsafe" together {np.median(shares):.0%} of the probability of its first '
             "token: is it a guard, and is its chat template its own?")
-      for piece, probability in zip(chunk, probabilities.tolist()):
+      for piece, probability in zip(chunk, (round(p, 6) for p in probabilities.tolist())):
         is_malicious = probability >= config.threshold
         malicious, labelled = malicious + is_malicious, labelled + 1
         file.write(json.dumps({
-            "text": piece.text, "label": sources.LABELS[is_malicious], "p_unsafe": round(probability, 6),
+            "text": piece.text, "label": sources.LABELS[is_malicious], "p_unsafe": probability,
             "document": piece.document, "piece": piece.piece}) + "\n")
       file.flush()
       bar.update(chunk[-1].document // shards + 1 - bar.n)
