@@ -200,6 +200,8 @@ def load_for_research(
   is_stacked = "layers" in {**trained["params"], **trained.get("lora", {})}
   params = model_lib.stack_layers(base, config.frozen_layers) if is_stacked else base
   params = {**params, **trained["params"]}
+  padding = len(params["embed"]["embedding"]) - shape.vocab_size
+  params = model_lib.pad_vocab(params, -padding) if padding else params
   if "lora" in trained:
     params = adapters.merge_lora(params, trained["lora"])
   params = jax.tree.map(jnp.asarray, model_lib.unstack_layers(params))
