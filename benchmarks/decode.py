@@ -23,13 +23,13 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The project is not installed.
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from side_by_side import compare, ratio, torch_model  # noqa: E402
 
 from saess_jax import decode, hf  # noqa: E402
 from saess_jax.config import SafetyConfig  # noqa: E402
@@ -122,20 +122,7 @@ class Torch:
 
   def __init__(self, loaded):
     import torch
-    import transformers.initialization
-    c = loaded.config
-    with transformers.initialization.no_init_weights():
-      self._model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-          vocab_size=c.vocab_size, hidden_size=c.embed_dim, intermediate_size=c.mlp_dim,
-          num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-          head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-          tie_word_embeddings=c.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
-    tensors = {name: torch.tensor(array) for name, array in _hf_state(jax.device_get(loaded.params)).items()}
-    missing, unexpected = self._model.load_state_dict(tensors, strict=False)
-    if unexpected or missing != ["lm_head.weight"]:  # Tied to the embedding.
-      raise RuntimeError(f"transformers' model lacks {missing} and does not know {unexpected}.")
-    self._model.tie_weights()
-    self._model.eval()
+    self._model = torch_model(loaded).eval()
     self._torch = torch
 
   def faster_cache(self, rows: list[np.ndarray]) -> str:
@@ -160,26 +147,6 @@ class Torch:
     return took
 
 
-def _hf_state(params) -> dict[str, np.ndarray]:
-  """Our unrolled params under Hugging Face's names: [out, in] matrices, heads flattened."""
-  state = {
-      "model.embed_tokens.weight": params["embed"]["embedding"], "model.norm.weight": params["final_norm"]["scale"]}
-  for name, layer in params.items():
-    if not name.startswith("layers_"):
-      continue
-    prefix = f"model.layers.{name.removeprefix('layers_')}"
-    state[f"{prefix}.input_layernorm.weight"] = layer["attn_norm"]["scale"]
-    state[f"{prefix}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-    for part in "qkv":
-      kernel = layer["attn"][part]["kernel"]
-      state[f"{prefix}.self_attn.{part}_proj.weight"] = kernel.reshape(kernel.shape[0], -1).T
-    kernel = layer["attn"]["o"]["kernel"]
-    state[f"{prefix}.self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
-    for part in ("gate", "up", "down"):
-      state[f"{prefix}.mlp.{part}_proj.weight"] = layer["mlp"][part]["kernel"].T
-  return {name: np.asarray(array) for name, array in state.items()}
-
-
 def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
   """Bytes a second at which this machine reads memory: the sum of a large float32 array, median."""
   array = jnp.ones((megabytes << 20) // 4, jnp.float32)
@@ -191,16 +158,6 @@ def bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
     read(array).block_until_ready()
     times.append(time.perf_counter() - began)
   return array.nbytes / float(np.median(times))
-
-
-def compare(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-  """Seconds per token, which a contestant that has run before returns, in each round, [rounds]."""
-  times = [{name: seconds() for name, seconds in contestants.items()} for _ in range(rounds)]
-  return {name: np.asarray([once[name] for once in times]) for name in contestants}
-
-
-def ratio(times: dict[str, np.ndarray], name: str, base: str) -> float:
-  return round(float(np.median(times[name] / times[base])), 3)
 
 
 def prompts(tokenizer, count: int) -> tuple[decode.Prompt, list[np.ndarray]]:

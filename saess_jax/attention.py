@@ -1,11 +1,11 @@
 """Attention in three forms that agree: dense by a mask, causal with the [CLS] rows apart, and one step on a cache.
 
 The second is the fast path. With [CLS] stored at the boundary (`masks.cls_slot`) every other row is plain causal
-attention, so any flash kernel serves; only the CLS row, and the probes' rows, have a visibility of their own, and
-these few are computed apart. Exact, differentiable, and no S x S mask anywhere.
+attention, so any flash kernel serves (`flash.py`); only the CLS row, and the probes' rows, have a visibility of their
+own, and these few are computed apart. Exact, differentiable, and no S x S mask anywhere.
 
-Axes: B batch, S stored sequence, P probes, Q query rows, T cache slots, N query heads,
-K kv heads, G = N / K, H head dim.
+Axes: B batch, S stored sequence, E examples packed into a row (1 without packing), P probes, Q query rows, T cache
+slots, N query heads, K kv heads, G = N / K, H head dim.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from saess_jax import config as config_lib
+from saess_jax import flash
 
 
 @flax.struct.dataclass
@@ -25,13 +26,15 @@ class Sight:
 
   Attributes:
     mask: bool [B, S, S], the dense reference; if given it alone counts (and there are no rows apart).
-    cls_index: int32 [B], the slot of CLS; -1 in a row that has none. None: a plain causal language model.
-    rows: bool [B, 1 + P, S], what the CLS row and each probe row see beside themselves.
+    cls_index: int32 [B, E], the slot of each CLS; S for one that is not there. None: a plain causal language model.
+    rows: bool [B, E + P, S], what each CLS row and each probe row see beside themselves.
+    segments: int32 [B, S], which of E packed examples a token belongs to. None: one example a row.
   """
 
   mask: jax.Array | None = None
   cls_index: jax.Array | None = None
   rows: jax.Array | None = None
+  segments: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -123,29 +126,32 @@ def attend_rows(
   return jnp.moveaxis(out, 3, 1).reshape(batch, rows, heads, dim)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, config: config_lib.ModelConfig) -> jax.Array:
   """Attention within full sequences.
 
   Args:
     q: [B, S + P, N, H], the probes' rows behind the stored sequence; k, v: [B, S + P, K, H].
     sight: see there; P is read off its `rows`.
+    config: names the kernel and the sliding window.
 
   Returns:
     [B, S + P, N, H].
   """
   if sight.mask is not None:
     return jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None])
+  causal = functools.partial(
+      flash.causal_attention, kernel=config.attention, window=config.sliding_window, segments=sight.segments)
   if sight.cls_index is None:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-  size = sight.rows.shape[-1]
-  trunk = jax.nn.dot_product_attention(q[:, :size], k[:, :size], v[:, :size], is_causal=True)
-  batch = jnp.arange(q.shape[0])
-  has_cls, index = sight.cls_index >= 0, jnp.maximum(sight.cls_index, 0)
-  rows = [jnp.concatenate([x[batch, index][:, None], x[:, size:]], axis=1) for x in (q, k, v)]
+    return causal(q, k, v)
+  size, examples = sight.rows.shape[-1], sight.cls_index.shape[1]
+  trunk = causal(q[:, :size], k[:, :size], v[:, :size])
+  at_cls = jnp.arange(q.shape[0])[:, None], sight.cls_index
+  rows = [jnp.concatenate([x[:, :size].at[at_cls].get(mode="clip"), x[:, size:]], axis=1) for x in (q, k, v)]
   apart = attend_rows(
       rows[0], jnp.moveaxis(k[:, :size], 1, 3), jnp.moveaxis(v[:, :size], 1, 2), sight.rows, rows[1], rows[2])
-  cls = jnp.where(has_cls[:, None, None], apart[:, 0], trunk[batch, index])
-  return jnp.concatenate([trunk.at[batch, index].set(cls), apart[:, 1:]], axis=1)
+  trunk = trunk.at[at_cls].set(apart[:, :examples], mode="drop")
+  return jnp.concatenate([trunk, apart[:, examples:]], axis=1)
 
 
 def attend_step(

@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -187,7 +188,7 @@ def _load_run(path: str | pathlib.Path) -> hf.Pretrained:
   step = checkpoints.latest_step()
   checkpoints.close()
   model, params, tokenizer, _ = load_for_research(path, step)
-  return hf.Pretrained(model.config, params, tokenizer)
+  return hf.Pretrained(model.config, jax.tree.map(np.asarray, params), tokenizer)  # Off the one device they are on.
 
 
 def load_for_research(
@@ -216,6 +217,8 @@ def load_for_research(
   is_stacked = "layers" in {**trained["params"], **trained.get("lora", {})}
   params = model_lib.stack_layers(base, config.frozen_layers) if is_stacked else base
   params = {**params, **trained["params"]}
+  padding = len(params["embed"]["embedding"]) - shape.vocab_size
+  params = model_lib.pad_vocab(params, -padding) if padding else params
   if "lora" in trained:
     params = adapters.merge_lora(params, trained["lora"])
   params = jax.tree.map(jnp.asarray, model_lib.unstack_layers(params))

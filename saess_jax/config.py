@@ -51,8 +51,12 @@ class ModelConfig:
   # with bfloat16 instructions such products cost half.
   matmul_dtype: str = ""
   param_dtype: str = "float32"
+  vocab_padding: int = 0  # Rows of the embeddings behind the vocabulary that are no tokens: it then divides evenly.
+  attention: str = "auto"  # Kernel of whole sequences: chunked | cudnn | splash; auto: the backend's (flash.py).
   scan_layers: bool = True  # One stacked layer under `nn.scan` (training); False: `layers_0`, `layers_1`, ...
-  remat: bool = False  # Recompute each layer's activations in the backward pass.
+  # What of a layer the backward pass recomputes: nothing ("none"), all but the products with weights ("dots": fastest
+  # where it fits), or everything ("full": memory for one hidden state a layer).
+  remat: str = "none"
   frozen_layers: int = 0  # Lowest layers that no gradient reaches, nor the embeddings below; a stack of their own.
 
   def replace(self, **changes) -> ModelConfig:
@@ -69,13 +73,13 @@ PRESETS = types.MappingProxyType({
         max_seq_len=8192, rope_theta=1e5, tie_embeddings=True),
     "llama2_7b": ModelConfig(
         vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        mlp_dim=11008, max_seq_len=4096, dtype="bfloat16", remat=True),
+        mlp_dim=11008, max_seq_len=4096, dtype="bfloat16", remat="full"),
     "llama3_8b": ModelConfig(
         vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_dim=14336, max_seq_len=8192, rope_theta=5e5, dtype="bfloat16", remat=True),
+        mlp_dim=14336, max_seq_len=8192, rope_theta=5e5, dtype="bfloat16", remat="full"),
     "mistral_7b": ModelConfig(
         vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_dim=14336, max_seq_len=32768, sliding_window=4096, dtype="bfloat16", remat=True),
+        mlp_dim=14336, max_seq_len=32768, sliding_window=4096, dtype="bfloat16", remat="full"),
 })
 
 
@@ -165,7 +169,8 @@ class DataConfig:
   max_length: int = 256  # Tokens a sequence, [CLS] included; a longer response is cut, a longer prompt refused.
   max_response: int = 64  # Response tokens trained on in a sequence.
   buckets: tuple[int, ...] = (64, 96, 128, 192, 256)  # Padded lengths; one compilation each.
-  batch_size: int = 16  # Sequences over all devices and accumulation steps.
+  batch_size: int = 16  # Rows over all devices and accumulation steps.
+  examples_per_row: int = 1  # Above 1, so many short examples at most are packed into a row, unseen by each other.
   system_prompt: str = ""  # "": what the tokenizer's chat template puts in by itself.
   # Which rows' responses are read: all, or those that have a rollout. The others end at [CLS] and teach the verdict on
   # the query alone, at a third of the tokens.

@@ -36,17 +36,21 @@ def totals(batch: dict[str, jax.Array]) -> Totals:
 
 
 def cross_entropy_sum(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int,
+    vocab_size: int | None = None) -> jax.Array:
   """Weighted sum of -log p(target), with logits of `chunk` positions a sequence in memory at a time.
 
   Args:
     hidden: [B, R, D]; head: [D, V]; targets: int32 [B, R]; weights: float32 [B, R].
+    vocab_size: columns of the head behind it are padding (`ModelConfig.vocab_padding`). None: there are none.
 
   Returns:
     float32 scalar.
   """
   def one(hidden, targets, weights):
     logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if vocab_size is not None and vocab_size < head.shape[1]:
+      logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
     return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
   size = targets.shape[1]
@@ -60,8 +64,19 @@ def cross_entropy_sum(
   return jax.lax.scan(add, jnp.zeros(()), tuple(map(chunks, (hidden, targets, weights))))[0]
 
 
+def language_loss(
+    hidden: jax.Array, head: jax.Array, batch: dict[str, jax.Array], total: Totals, config: LossConfig,
+    vocab_size: int | None = None,
+) -> jax.Array:
+  """A batch's share of L_lm; all that a plain language model is trained on. Arguments as `loss_sums`."""
+  picked = jnp.take_along_axis(hidden, batch["loss_positions"][..., None], axis=1)
+  return cross_entropy_sum(
+      picked, head, batch["targets"], batch["loss_weights"], config.chunk, vocab_size) / total.tokens
+
+
 def loss_sums(
-    out: Output, head: jax.Array, batch: dict[str, jax.Array], total: Totals, config: LossConfig
+    out: Output, head: jax.Array, batch: dict[str, jax.Array], total: Totals, config: LossConfig,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """This batch's, or micro-batch's, share of the loss.
 
@@ -71,14 +86,14 @@ def loss_sums(
     head: [D, V].
     batch: see `data/pipeline.py`.
     total: counted over the whole batch; with it the shares of all micro-batches add up to the loss.
+    vocab_size: as `cross_entropy_sum`.
 
   Returns:
     The share of L, and the shares of its parts and of the accuracies (at probability 0.5), float32 scalars that add up
     in the same way.
   """
   total = jax.tree.map(lambda count: jnp.maximum(count, 1.0), total)  # Sums over nothing are 0, not 0 / 0.
-  picked = jnp.take_along_axis(out.hidden, batch["loss_positions"][..., None], axis=1)
-  lm = cross_entropy_sum(picked, head, batch["targets"], batch["loss_weights"], config.chunk) / total.tokens
+  lm = language_loss(out.hidden, head, batch, total, config, vocab_size)
   cls, cls_right = _binary(out.cls_logit, batch["label"], batch["label_weight"], total.sequences)
   metrics = {"lm_loss": lm, "cls_loss": cls, "cls_accuracy": cls_right}
   loss = lm + config.cls_weight * cls

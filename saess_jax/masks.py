@@ -10,7 +10,7 @@ Nothing sees PAD, and the row of PAD, which nobody reads, is empty. "Causal" is 
 of all tokens but CLS, wherever CLS itself is stored.
 
 Storing [CLS] in the right place makes the dense mask unnecessary: see `cls_slot`. Axes: B batch, S stored sequence,
-P views.
+E examples packed into a row, P views.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def attention_mask(
 def cls_visibility(
     kinds: jax.Array, stage: str, cls_sees_response: str = "none", malicious: jax.Array | None = None
 ) -> jax.Array:
-  """The CLS row of `attention_mask`: bool [B, S]. Arguments and errors as there."""
+  """The CLS row of `attention_mask`, for kinds [..., S] and malicious [...]: bool [..., S]. The rest as there."""
   if stage not in STAGES:
     raise ValueError(f"stage is {stage!r}; expected one of {', '.join(STAGES)}.")
   if cls_sees_response not in CLS_SEES_RESPONSE:
@@ -103,7 +103,7 @@ def cls_visibility(
     if malicious is None:
       raise ValueError(f'cls_sees_response="{cls_sees_response}" depends on the labels: pass malicious, bool [B].')
     shown = malicious if cls_sees_response == "malicious" else ~malicious
-    response &= jnp.asarray(shown)[:, None]
+    response &= jnp.asarray(shown)[..., None]
   return seen | response
 
 
@@ -132,8 +132,23 @@ def cls_slot(kinds: np.ndarray, stage: str, header_sees_cls: bool = True) -> int
   return slot
 
 
+def apart(kinds: jax.Array, segments: jax.Array, examples: int) -> jax.Array:
+  """Packed rows taken apart: every rule above holds for each example alone, as if the others were PAD.
+
+  Args:
+    kinds: int [B, S], one CLS an example.
+    segments: int [B, S], from 1 which example a token belongs to; 0 is padding.
+    examples: E, as many as a row holds at most.
+
+  Returns:
+    int [B, E, S]: the kinds of each example in its place, PAD elsewhere.
+  """
+  own = segments[:, None] == 1 + jnp.arange(examples)[:, None]
+  return jnp.where(own, kinds[:, None], TokenKind.PAD)
+
+
 def rope_positions(kinds: jax.Array) -> jax.Array:
-  """RoPE positions, int32 [B, S]: CLS 0, all other tokens from 1 in reading order wherever they are stored; PAD 0."""
+  """RoPE positions of kinds [..., S], int32: CLS 0, all others from 1 in reading order wherever stored; PAD 0."""
   counted = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
   return jnp.where(counted, jnp.cumsum(counted, axis=-1), 0).astype(jnp.int32)
 
@@ -142,15 +157,15 @@ def view_visibility(kinds: jax.Array, views: jax.Array) -> jax.Array:
   """What [CLS] sees in one of its inference-time views (Rules 1 to 4), for training probes and for the decoder alike.
 
   Args:
-    kinds: int [B, S].
-    views: int [B, P, 3] of (sees_query, start, stop): QUERY if sees_query, and the response tokens of index
+    kinds: int [..., S].
+    views: int [..., P, 3] of (sees_query, start, stop): QUERY if sees_query, and the response tokens of index
       [start, stop), counted from 0 at the first RESPONSE token. Never AUX, HEADER, PAD or a stored CLS (Rule 4).
 
   Returns:
-    bool [B, P, S].
+    bool [..., P, S].
   """
   response = kinds == TokenKind.RESPONSE
   index = jnp.cumsum(response, axis=-1) - 1
   sees_query, start, stop = (views[..., i, None] for i in range(3))
-  window = response[:, None] & (index[:, None] >= start) & (index[:, None] < stop)
-  return window | ((sees_query > 0) & (kinds == TokenKind.QUERY)[:, None])
+  window = response[..., None, :] & (index[..., None, :] >= start) & (index[..., None, :] < stop)
+  return window | ((sees_query > 0) & (kinds == TokenKind.QUERY)[..., None, :])

@@ -4,7 +4,8 @@
 `stage` the [CLS] takes part. Architecture here, numbers in `config.py`, sharding in `sharding.py`: a parameter carries
 logical axis names only.
 
-Axes: B batch, S stored sequence, P probes, D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, L layers.
+Axes: B batch, S stored sequence, E examples packed into a row, P probes, D embed, N query heads, K kv heads, H head
+dim, F mlp, V vocab, L layers.
 
 Params, unrolled form (`stack_layers` makes `layers` with a leading L axis out of `layers_0`, `layers_1`, ...):
 
@@ -28,11 +29,17 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from saess_jax import attention, masks
 from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, dtype_of
 
 Params = dict[str, Any]
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @flax.struct.dataclass
@@ -42,7 +49,7 @@ class Output:
   Attributes:
     hidden: [B, S, D] after the final norm, in the compute dtype.
     logits: float32 [B, S, V]. A jitted caller that does not read them does not pay for them.
-    cls_logit: float32 [B], log-odds of malicious from the stored CLS; None if there is none.
+    cls_logit: float32 [B], log-odds of malicious from the stored CLS; [B, E] of packed rows; None if there is none.
     probe_logits: float32 [B, P], the same from each probe; None without probes.
     cache: `LayerCache` stacked on L, or a tuple of L of them when layers are unrolled; None without one.
   """
@@ -141,7 +148,7 @@ class Attention(nn.Module):
     if step is not None:
       out, cache = attention.attend_step(q, k, v, step, cache)
     else:
-      out = attention.attend(q, k, v, sight)
+      out = attention.attend(q, k, v, sight, c)
       cache = None if cache is None else _fill(cache, k, v, sight)
     output = Projection(
         (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), c, contracted=2, name="o")
@@ -152,7 +159,7 @@ def _fill(cache: attention.LayerCache, k: jax.Array, v: jax.Array, sight: attent
   """Writes the K and V [B, S, K, H] of a whole prompt to slots 0..S-1, those of CLS to its own place too."""
   def write(places, new, axis):
     if sight.cls_index is not None:
-      cls = new[jnp.arange(len(new)), sight.cls_index]
+      cls = new.at[jnp.arange(len(new)), sight.cls_index[:, 0]].get(mode="clip")
       places = jax.lax.dynamic_update_slice_in_dim(places, jnp.expand_dims(cls, axis), 0, axis=axis)
     return jax.lax.dynamic_update_slice_in_dim(places, jnp.moveaxis(new, 1, axis), 1, axis=axis)
   return attention.LayerCache(k=write(cache.k, k, 3), v=write(cache.v, v, 2))
@@ -193,7 +200,8 @@ class Llama(nn.Module):
   def __call__(
       self, tokens: jax.Array, *, kinds: jax.Array | None = None, positions: jax.Array | None = None,
       stage: str | None = None, mask: jax.Array | None = None, cls_visible: jax.Array | None = None,
-      probe_visible: jax.Array | None = None, cache: Any = None, step: attention.Step | None = None,
+      probe_visible: jax.Array | None = None, segments: jax.Array | None = None, cache: Any = None,
+      step: attention.Step | None = None,
   ) -> Output:
     """Runs the model over full sequences, or over one decoding step.
 
@@ -204,19 +212,22 @@ class Llama(nn.Module):
       stage: "sft" or "pretrain" with kinds in a full sequence. CLS must be stored at `masks.cls_slot` and PAD at the
         right, which makes causal attention exact; for any other order give the dense `mask`.
       mask: bool [B, S, S], the dense reference path; `masks.attention_mask` makes it.
-      cls_visible: bool [B, S], what CLS sees, in place of the stage's rule.
+      cls_visible: bool [B, S], what CLS sees, in place of the stage's rule; [B, E, S] with segments, of each CLS.
       probe_visible: bool [B, P, S], what each of P probes sees; nobody sees a probe, and they cost P tokens.
+      segments: int32 [B, S], which of the packed examples a token belongs to, from 1; 0 is padding. Then give
+        positions and cls_visible too (`masks.apart` helps).
       cache: from `init_cache`; a full sequence fills slots 0..S-1, a step one more.
       step: decoding: tokens are [B, 1], or [B, 2] with CLS first; needs kinds, positions and cache.
 
     Raises:
-      ValueError: kinds in a full sequence with neither stage nor mask, or probes together with a mask.
+      ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, or segments
+        without what belongs to them.
     """
     c, dtype = self.config, dtype_of(self.config.dtype)
     embedding = self.param(
         "embed", lambda key: {"embedding": nn.with_logical_partitioning(
             nn.initializers.normal(0.02), ("vocab", "embed"))(
-                key, (c.vocab_size, c.embed_dim), dtype_of(c.param_dtype))}
+                key, (c.vocab_size + c.vocab_padding, c.embed_dim), dtype_of(c.param_dtype))}
     )["embedding"]
     cls_embedding = self.param(
         "cls_embedding", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm",)), (c.embed_dim,),
@@ -233,7 +244,9 @@ class Llama(nn.Module):
       x = jnp.concatenate([x, jnp.broadcast_to(cls_embedding.astype(dtype), (x.shape[0], probes, c.embed_dim))], axis=1)
       positions = jnp.pad(positions, ((0, 0), (0, probes)))
     x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
-    sight = None if step is not None else self._sight(tokens, kinds, stage, mask, cls_visible, probe_visible)
+    is_cls = _places_of_cls(tokens, kinds, segments, cls_visible)
+    sight = None if step is not None else self._sight(
+        tokens, kinds, stage, mask, is_cls, cls_visible, probe_visible, segments)
 
     x, cache = self._layers(x, cache, attention.rope_angles(positions, c), sight, step)
     hidden = RMSNorm(c, name="final_norm")(x)
@@ -243,49 +256,53 @@ class Llama(nn.Module):
     else:
       head = self.param("lm_head", lambda key: {"kernel": nn.with_logical_partitioning(
           nn.initializers.normal(c.embed_dim**-0.5), ("embed", "vocab"))(
-              key, (c.embed_dim, c.vocab_size), dtype_of(c.param_dtype))})["kernel"]
-    logits = jnp.matmul(hidden[:, :size], head.astype(dtype), preferred_element_type=jnp.float32)
+              key, (c.embed_dim, c.vocab_size + c.vocab_padding), dtype_of(c.param_dtype))})["kernel"]
+    logits = jnp.matmul(hidden[:, :size], head.astype(dtype), preferred_element_type=jnp.float32)[..., : c.vocab_size]
 
     classify = ClsHead(name="cls_head")
     cls_logit = probe_logits = None
     if kinds is not None or self.is_initializing():
-      is_cls = jnp.zeros_like(tokens) if kinds is None else kinds == masks.TokenKind.CLS
-      at_cls = jnp.take_along_axis(hidden[:, :size], jnp.argmax(is_cls, axis=1)[:, None, None], axis=1)
-      cls_logit = classify(at_cls)[:, 0]
+      at_cls = jnp.take_along_axis(hidden[:, :size], jnp.argmax(is_cls, axis=2)[..., None], axis=1)
+      cls_logit = classify(at_cls) if segments is not None else classify(at_cls)[:, 0]
     if probe_visible is not None:
       probe_logits = classify(hidden[:, size:])
     return Output(hidden[:, :size], logits, cls_logit, probe_logits, cache)
 
-  def _sight(self, tokens, kinds, stage, mask, cls_visible, probe_visible) -> attention.Sight:
+  def _sight(
+      self, tokens, kinds, stage, mask, is_cls, cls_visible, probe_visible, segments) -> attention.Sight:
     """Turns the caller's words about visibility into what the layers read."""
     size, window = tokens.shape[1], self.config.sliding_window
+    if segments is not None and (kinds is None or cls_visible is None or cls_visible.ndim != 3):
+      raise ValueError("segments go with kinds and with cls_visible [B, E, S], one row for each packed example.")
     if mask is not None:
       if probe_visible is not None:
         raise ValueError(
             "probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
       return attention.Sight(mask=mask)
     if kinds is None:
-      if window is None or size <= window:
-        return attention.Sight()
-      return attention.Sight(mask=jnp.broadcast_to(_band(size, window), (tokens.shape[0], size, size)))
+      return attention.Sight()
     if stage is None:
       raise ValueError('kinds were given with neither stage ("sft", "pretrain") nor mask: who may see [CLS]?')
-    is_cls = kinds == masks.TokenKind.CLS
     if window is not None and size > window:
       raise ValueError(
           f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost; shorten the "
           "sequence, or set sliding_window to None.")
     if cls_visible is None:
       cls_visible = masks.cls_visibility(kinds, stage)
-    rows = (cls_visible & ~is_cls)[:, None]
+    rows = cls_visible if cls_visible.ndim == 3 else cls_visible[:, None]
     if probe_visible is not None:
-      rows = jnp.concatenate([rows, probe_visible & ~is_cls[:, None]], axis=1)
-    cls_index = jnp.where(is_cls.any(axis=1), jnp.argmax(is_cls, axis=1), -1)
-    return attention.Sight(cls_index=cls_index, rows=rows)
+      rows = jnp.concatenate([rows, probe_visible], axis=1)
+    cls_index = jnp.where(is_cls.any(axis=2), jnp.argmax(is_cls, axis=2), size)
+    return attention.Sight(
+        cls_index=cls_index, rows=rows & (kinds != masks.TokenKind.CLS)[:, None], segments=segments)
 
   def _layers(self, x, cache, angles, sight, step):
     c = self.config
-    block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+    if c.remat not in REMAT_POLICIES:
+      raise ValueError(f"remat is {c.remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES[c.remat])
     if c.scan_layers:
       stack = lambda length, name: nn.scan(
           block, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
@@ -322,9 +339,13 @@ class ClsHead(nn.Module):
     return (hidden.astype(jnp.float32) @ kernel + bias)[..., 0]
 
 
-def _band(size: int, window: int) -> jax.Array:
-  row, column = jnp.arange(size)[:, None], jnp.arange(size)
-  return (column <= row) & (row - column < window)
+def _places_of_cls(tokens, kinds, segments, cls_visible) -> jax.Array:
+  """bool [B, E, S]: where each example's CLS is stored."""
+  if kinds is None:
+    return jnp.zeros_like(tokens, bool)[:, None]
+  if segments is None:
+    return (kinds == masks.TokenKind.CLS)[:, None]
+  return masks.apart(kinds, segments, cls_visible.shape[1]) == masks.TokenKind.CLS
 
 
 def is_frozen(name: str, config: ModelConfig) -> bool:
@@ -346,6 +367,18 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
   empty = lambda *last: jnp.zeros((*front, batch, config.num_kv_heads, *last), dtype_of(config.dtype))
   one = lambda: attention.LayerCache(k=empty(config.head_dim, 1 + slots), v=empty(1 + slots, config.head_dim))
   return one() if config.scan_layers else tuple(one() for _ in range(config.num_layers))
+
+
+def pad_vocab(params: Params, rows: int) -> Params:
+  """Embeddings, and an untied head, with `rows` of zeros behind (`ModelConfig.vocab_padding`); below 0: without."""
+  def resize(x, axis):
+    if rows < 0:
+      return jax.lax.slice_in_dim(jnp.asarray(x), 0, x.shape[axis] + rows, axis=axis)
+    return np.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)]) if rows else x
+  padded = {**params, "embed": {"embedding": resize(params["embed"]["embedding"], 0)}}
+  if "lm_head" in params:
+    padded["lm_head"] = {"kernel": resize(params["lm_head"]["kernel"], 1)}
+  return padded
 
 
 def stack_layers(params: Params, frozen: int = 0) -> Params:

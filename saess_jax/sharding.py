@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saess_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+# Embeddings are trained with a multiple of this many rows (`ModelConfig.vocab_padding`): even on any tensor axis up to
+# it, and the same on all of them, so that a checkpoint fits every mesh.
+VOCAB_MULTIPLE = 128
 
 RULES = (
     ("batch", ("data", "fsdp")),
@@ -59,7 +62,13 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     spec = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
     fits = (axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape))
     return NamedSharding(mesh, PartitionSpec(*fits))
-  return jax.tree.map(one, specs, nn.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+  return jax.tree.map(one, specs, unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def unbox(boxed: Any) -> Any:
+  """The leaves without their axis names. `nn.unbox` would constrain them too, uneven axes among them."""
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if is_box(x) else x, boxed, is_leaf=is_box)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

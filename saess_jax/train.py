@@ -12,7 +12,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -67,10 +67,6 @@ class Diverged(RuntimeError):
 
 def check(config: TrainConfig) -> None:
   """Raises ValueError for settings that cannot work together, before any work."""
-  if config.data.batch_size % config.optimizer.accumulation:
-    raise ValueError(
-        f"data.batch_size {config.data.batch_size} is not divisible by optimizer.accumulation "
-        f"{config.optimizer.accumulation}; change one of them.")
   if config.stage not in masks.STAGES:
     raise ValueError(f"stage is {config.stage!r}; expected one of {', '.join(masks.STAGES)}.")
   if config.cls_sees_response not in masks.CLS_SEES_RESPONSE:
@@ -107,42 +103,70 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
       config.learning_rate * config.final_fraction)
 
 
+def _state_at_start(
+    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, params: Any, rng: jax.Array) -> TrainState:
+  reached = {name: leaf for name, leaf in params.items() if not model_lib.is_frozen(name, model.config)}
+  trainable = {"params": reached}
+  if config.lora.rank:
+    learned = {name: leaf for name, leaf in reached.items() if name in ("cls_embedding", "cls_head")}
+    trainable = {"params": learned, "lora": adapters.init_lora(reached, config.lora, rng)}
+  frozen = {name: leaf for name, leaf in params.items() if name not in trainable["params"]}
+  return TrainState(
+      step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
+      rng=jax.random.key_data(rng), frozen={"params": frozen})
+
+
+def abstract_state(
+    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state (jax.ShapeDtypeStruct); no array is made."""
+  rng = jax.eval_shape(lambda: jax.random.key(config.seed))
+  boxed = jax.eval_shape(model.init, rng, np.zeros((1, 1), np.int32))["params"]
+  state = jax.eval_shape(functools.partial(_state_at_start, config, model, tx), boxed, rng)
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), sharding.unbox(state),
+      sharding.shardings(state, mesh))
+
+
 def create_state(
     config: TrainConfig, model: Llama, base: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, TrainState]:
   """The state at step 0, laid out over the mesh from its first byte, and its shardings.
 
   Args:
-    base: params of the model's form of layers; host arrays go straight to their shards.
+    base: params of the model's form of layers, without `vocab_padding`; host arrays go straight to their shards, in
+      the model's `param_dtype`.
   """
-  def boxed_state(params, rng):
-    reached = {name: leaf for name, leaf in params.items() if not model_lib.is_frozen(name, model.config)}
-    trainable = {"params": reached}
-    if config.lora.rank:
-      learned = {name: leaf for name, leaf in reached.items() if name in ("cls_embedding", "cls_head")}
-      trainable = {"params": learned, "lora": adapters.init_lora(reached, config.lora, rng)}
-    frozen = {name: leaf for name, leaf in params.items() if name not in trainable["params"]}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
-        rng=jax.random.key_data(rng), frozen={"params": frozen})
-
   rng = jax.random.key(config.seed)
   boxed = jax.eval_shape(model.init, rng, jnp.zeros((1, 1), jnp.int32))["params"]
-  state_shardings = sharding.shardings(jax.eval_shape(boxed_state, boxed, rng), mesh)
+  state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, tx, mesh))
   params = jax.tree.map(
-      lambda box, leaf, place: box.replace_boxed(jax.device_put(leaf, place)), boxed, base,
-      sharding.shardings(boxed, mesh), is_leaf=lambda x: isinstance(x, nn.Partitioned))
-  create = jax.jit(lambda params, rng: nn.unbox(boxed_state(params, rng)), out_shardings=state_shardings)
+      lambda box, leaf, place: box.replace_boxed(jax.device_put(leaf.astype(box.value.dtype), place)), boxed,
+      model_lib.pad_vocab(base, model.config.vocab_padding), sharding.shardings(boxed, mesh),
+      is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  create = jax.jit(
+      lambda params, rng: sharding.unbox(_state_at_start(config, model, tx, params, rng)),
+      out_shardings=state_shardings)
   return create(params, rng), state_shardings
 
 
-def _forward(config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals):
-  kinds = batch["kinds"]
+def loss_of_batch(
+    config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The objective's share of one batch, or micro-batch, and the shares of its parts (`losses.loss_sums`)."""
+  kinds, segments, positions = batch["kinds"], batch.get("segments"), None
+  if segments is not None:  # Whatever has a rule of its own is made for each packed example alone: [B, E, ...].
+    kinds = masks.apart(kinds, segments, batch["label"].shape[1])
+    positions = masks.rope_positions(kinds).sum(axis=1)
   cls_visible = masks.cls_visibility(kinds, config.stage, config.cls_sees_response, batch["label"] > 0.5)
-  probe_visible = masks.view_visibility(kinds, batch["probe_views"]) if config.probes.per_sequence else None
+  probe_visible = None
+  if config.probes.per_sequence:
+    views = batch["probe_views"].reshape(*kinds.shape[:-1], -1, 3)
+    probe_visible = masks.view_visibility(kinds, views).reshape(len(kinds), -1, kinds.shape[-1])
   out = model.apply(
-      variables, batch["tokens"], kinds=kinds, stage=config.stage, cls_visible=cls_visible, probe_visible=probe_visible)
-  return losses.loss_sums(out, model_lib.output_head(variables["params"]), batch, total, config.loss)
+      variables, batch["tokens"], kinds=batch["kinds"], positions=positions, stage=config.stage, segments=segments,
+      cls_visible=cls_visible, probe_visible=probe_visible)
+  head = model_lib.output_head(variables["params"])
+  return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size)
 
 
 def _variables(trainable: Any, frozen: Any) -> Any:
@@ -150,15 +174,19 @@ def _variables(trainable: Any, frozen: Any) -> Any:
 
 
 def train_step(
-    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, jax.Array]
+    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, state: TrainState,
+    batch: dict[str, jax.Array], loss_of: Callable[..., Any] = loss_of_batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from one global batch, in `optimizer.accumulation` micro-batches. Pure; jit it with state donated.
+
+  Args:
+    loss_of: another objective of `loss_of_batch`'s form, to compare with (a plain language model's, say).
 
   Returns:
     The new state, and float32 scalars: the loss, its parts, accuracies, and the gradient's norm before clipping.
   """
   count, total = config.optimizer.accumulation, losses.totals(batch)
-  loss = lambda trainable, micro: _forward(config, model, _variables(trainable, state.frozen), micro, total)
+  loss = lambda trainable, micro: loss_of(config, model, _variables(trainable, state.frozen), micro, total)
   grad = jax.grad(loss, has_aux=True)
   if count == 1:
     grads, metrics = grad(state.trainable, batch)
@@ -178,7 +206,7 @@ def train_step(
 def eval_step(config: TrainConfig, model: Llama, state: TrainState, batch: dict[str, jax.Array]):
   """One batch's sums of losses and right verdicts, and the weights to divide them by once all batches are added up."""
   one = losses.Totals(*(jnp.ones(()),) * 3)
-  _, sums = _forward(config, model, _variables(state.trainable, state.frozen), batch, one)
+  _, sums = loss_of_batch(config, model, _variables(state.trainable, state.frozen), batch, one)
   return sums, losses.totals(batch)
 
 
@@ -216,6 +244,11 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   """
   check(config)
   mesh = sharding.make_mesh(config.mesh)
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
+  if config.data.batch_size % shards:
+    raise ValueError(
+        f"data.batch_size {config.data.batch_size} is not divisible by {shards} (mesh data {mesh.shape['data']} x fsdp "
+        f"{mesh.shape['fsdp']} x optimizer.accumulation {config.optimizer.accumulation}); change one of them.")
   dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
   rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
   sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
@@ -241,7 +274,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
   model, tx = Llama(training), optimizer(config.optimizer, steps)
   place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-  with mesh, nn.logical_axis_rules(sharding.RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     state, state_shardings = create_state(
         config, model,
         model_lib.stack_layers(base, training.frozen_layers) if training.scan_layers else base, tx, mesh)
@@ -268,6 +301,7 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
         f"frozen_layers is {config.frozen_layers}; the model has {shape.num_layers} layers: expected 0 to "
         f"{shape.num_layers - 1}.")
   return shape.replace(
+      vocab_padding=-shape.vocab_size % sharding.VOCAB_MULTIPLE,
       scan_layers=bool(config.model_overrides.get("scan_layers", True)), frozen_layers=config.frozen_layers,
       matmul_dtype=config.matmul_dtype or shape.matmul_dtype)
 

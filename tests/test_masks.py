@@ -104,6 +104,24 @@ def test_positions_count_from_one_in_reading_order():
   np.testing.assert_array_equal(masks.rope_positions(kinds("CAQQHRP")), [[0, 1, 2, 3, 4, 5, 0]])
 
 
+def test_packed_examples_are_blocks_that_do_not_see_each_other():
+  packed, segments = kinds("QCHRQCRP"), jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0]])
+  each = masks.apart(packed, segments, 3)  # Room for a third that is not there.
+  assert picture(jnp.any(jnp.stack([masks.attention_mask(one, "sft")[0] for one in jnp.moveaxis(each, 1, 0)]), 0)) == [
+      "1 . . . . . . .",
+      "1 1 . . . . . .",
+      "1 1 1 . . . . .",
+      "1 1 1 1 . . . .",
+      ". . . . 1 . . .",
+      ". . . . 1 1 . .",
+      ". . . . 1 1 1 .",
+      ". . . . . . . .",
+  ]
+  assert masks.rope_positions(each).sum(axis=1).tolist() == [[1, 0, 2, 3, 1, 0, 2, 0]]
+  assert picture(masks.cls_visibility(each, "sft")[0]) == [
+      "1 1 . . . . . .", ". . . . 1 1 . .", ". . . . . . . ."]
+
+
 def test_views_are_windows_over_query_and_response_alone():
   seen = masks.view_visibility(kinds("AQCHRRRRP"), jnp.asarray([[[1, 0, 2], [0, 1, 3], [0, 0, 0]]]))
   assert picture(seen[0]) == [". 1 . . 1 1 . . .", ". . . . . 1 1 . .", ". . . . . . . . ."]

@@ -170,10 +170,10 @@ loaders = st.fixed_dictionaries({
 })
 
 
-def make(lengths, batch_size, seed, epochs, process_index=0, process_count=1):
+def make(lengths, batch_size, seed, epochs, process_index=0, process_count=1, **data):
   config = TrainConfig(
       seed=seed, probes=ProbeConfig(per_sequence=3),
-      data=DataConfig(batch_size=batch_size, max_response=20, buckets=(8, 16, 24)))
+      data=DataConfig(**{"batch_size": batch_size, "max_response": 20, "buckets": (8, 16, 24)} | data))
   examples = [example_of(length, tag) for tag, length in enumerate(lengths)]
   return pipeline.make_loader(examples, config, process_index, process_count, epochs)
 
@@ -221,6 +221,38 @@ def test_restored_state_gives_the_same_stream(case, data):
     assert_same(left, right)
 
 
+@settings(max_examples=25, deadline=None)
+@given(loaders, st.integers(2, 4))
+def test_packed_rows_hold_every_example_once_and_whole(case, most):
+  loader = make(**case, buckets=(24, 48), examples_per_row=most)
+  batches = list(loader)
+  assert len(batches) == case["epochs"] * loader.steps_per_epoch
+  for epoch in range(case["epochs"]):
+    seen = []
+    for batch in batches[epoch * loader.steps_per_epoch:(epoch + 1) * loader.steps_per_epoch]:
+      assert batch["label"].shape == (case["batch_size"], most)
+      assert batch["probe_views"].shape == (case["batch_size"], 3 * most, 3)
+      for row in range(case["batch_size"]):
+        for number in range(most):
+          own = np.flatnonzero(batch["segments"][row] == 1 + number)
+          if not len(own) or not batch["label_weight"][row, number]:
+            assert not batch["label_weight"][row, number]
+            continue
+          tag = batch["tokens"][row, own[0]]
+          seen.append(tag)
+          length = case["lengths"][tag]
+          assert own.tolist() == list(range(own[0], own[0] + length)) and batch["label"][row, number] == tag % 2
+          targets = own[batch["kinds"][row, own] == TokenKind.RESPONSE]
+          assert set(targets - 1) <= set(batch["loss_positions"][row][batch["loss_weights"][row] > 0])
+    assert sorted(seen) == list(range(len(case["lengths"])))
+
+
+def test_packing_fills_rows():
+  lengths = [6, 7, 8, 9, 10, 14, 15, 16, 17, 18]
+  packed = make(lengths, 1, 0, 1, buckets=(24,), examples_per_row=4)
+  assert len(packed) == 5 and all((batch["segments"] == 0).sum() == 0 for batch in packed)
+
+
 @settings(max_examples=15, deadline=None)
 @given(loaders.filter(lambda case: case["batch_size"] % 2 == 0))
 def test_union_of_process_shares_is_the_global_batch(case):
@@ -242,6 +274,7 @@ def test_seed_and_epoch_change_order_and_probes():
 @pytest.mark.parametrize("changes, arguments, message", [
     ({"batch_size": 6}, {"process_count": 4}, "data.batch_size 6 cannot be divided among 4 processes"),
     ({}, {"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
+    ({"examples_per_row": 0}, {}, r"data.examples_per_row is 0; expected 1 \(no packing\) or more"),
     ({}, {"epochs": 0}, "epochs is 0; expected 1 or more"),
     ({"buckets": (24, 8)}, {}, r"data.buckets is \(24, 8\); expected lengths in ascending order"),
     ({"buckets": (8, 9)}, {}, r"An example has 10 tokens, more than the longest of data.buckets \(8, 9\)"),

@@ -120,7 +120,7 @@ def first_step(config, devices):
   batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
   training = train.config_of_training(config, shape)
   llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
-  with mesh, nn.logical_axis_rules(sharding.RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     state, places = train.create_state(config, llama, model.stack_layers(base, config.frozen_layers), tx, mesh)
     # Zero heads and cold starts hide differences: give every [CLS] part and adapter some size first.
     stir = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape, x.dtype)
@@ -145,6 +145,18 @@ def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, ac
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size  # Over fsdp and tensor.
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
+  alone = small_config(data, mesh=ONE)
+  alone = dataclasses.replace(alone, data=dataclasses.replace(alone.data, batch_size=64, buckets=(64,)))
+  packed = dataclasses.replace(alone, data=dataclasses.replace(
+      alone.data, batch_size=16, buckets=(256,), examples_per_row=5))
+  metrics, trainable, _ = first_step(alone, jax.devices()[:1])
+  packed_metrics, packed_trainable, _ = first_step(packed, jax.devices()[:1])
+  for name in metrics:
+    np.testing.assert_allclose(packed_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), packed_trainable, trainable)
 
 
 def test_lora_trains_the_adapter_and_cls_alone(data):
@@ -207,7 +219,8 @@ def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda c: {"mesh": MeshConfig(3, 1, 1)}, "does not divide the 8 devices"),
     (lambda c: {"mesh": MeshConfig(-1, -1, 1)}, "at most one of them -1"),
-    (lambda c: {"optimizer": OptimizerConfig(accumulation=3)}, "not divisible by optimizer.accumulation 3"),
+    (lambda c: {"optimizer": OptimizerConfig(accumulation=3)},
+     r"not divisible by 24 \(mesh data 1 x fsdp 8 x optimizer.accumulation 3\)"),
     (lambda c: {"stage": "pretrain"}, "set probes.per_sequence to 0"),
     (lambda c: {"model": "gpt5"}, "model is 'gpt5'; expected one of tiny"),
     (lambda c: {"weights": "/nowhere/weights"}, "nowhere"),

@@ -2,13 +2,15 @@
 
 A batch is a pure function of (seed, step): each epoch is a plan, made by a seeded shuffle, that names the examples of
 every batch. The iterator's state is therefore one number, resuming is exact, and every process computes its share of a
-global batch alone. Batches hold sequences of like length, padded to one of `DataConfig.buckets`.
+global batch alone. Batches hold rows of like length, padded to one of `DataConfig.buckets`; a row is one example, or
+with `DataConfig.examples_per_row` several packed end to end.
 
-Axes: B this process's share of the batch, S stored sequence, R loss positions, P probes.
+Axes: B this process's share of the batch, S stored sequence, E examples of a row, R loss positions, P probes.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -138,6 +140,8 @@ class Batches(Sequence):
       raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
     if epochs < 1:
       raise ValueError(f"epochs is {epochs}; expected 1 or more.")
+    if config.data.examples_per_row < 1:
+      raise ValueError(f"data.examples_per_row is {config.data.examples_per_row}; expected 1 (no packing) or more.")
     if not examples:
       raise ValueError("No examples to make batches of.")
     if list(buckets) != sorted(set(buckets)):
@@ -149,9 +153,12 @@ class Batches(Sequence):
           "data.max_length.")
     self._examples, self._config = examples, config
     self._local = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
-    self._buckets = [min(b for b in buckets if b >= len(example.tokens)) for example in examples]
+    self._rows = _pack(examples, buckets[-1], config.data.examples_per_row, config.seed)
+    lengths = [sum(len(examples[i].tokens) for i in row) for row in self._rows]
+    self._buckets = [min(b for b in buckets if b >= length) for length in lengths]
+    self._sorts = [_is_query(examples[row[0]]) for row in self._rows]
     self._plan = functools.lru_cache(maxsize=2)(self._plan)  # Steps of one epoch come one after the other.
-    self.steps_per_epoch = sum(-(-count // size) for count in collections.Counter(map(_is_query, examples)).values())
+    self.steps_per_epoch = sum(-(-count // size) for count in collections.Counter(self._sorts).values())
     self._len = epochs * self.steps_per_epoch
 
   def __len__(self) -> int:
@@ -167,15 +174,15 @@ class Batches(Sequence):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-    """(padded length, indices of the examples) of each batch.
+    """(padded length, indices of the rows) of each batch.
 
     Examples without a response keep among themselves, so that their batches hold neither losses nor probes. All batches
     are full but one of each sort.
     """
     rng = np.random.default_rng((self._config.seed, epoch))
     by_sort = collections.defaultdict(lambda: collections.defaultdict(list))
-    for index in rng.permutation(len(self._examples)):
-      by_sort[_is_query(self._examples[index])][self._buckets[index]].append(int(index))
+    for index in rng.permutation(len(self._rows)):
+      by_sort[self._sorts[index]][self._buckets[index]].append(int(index))
     size, plan = self._config.data.batch_size, []
     for by_bucket in by_sort.values():
       rest = []
@@ -189,6 +196,26 @@ class Batches(Sequence):
     return [plan[i] for i in rng.permutation(len(plan))]
 
   def _row(self, index: int, real: bool, epoch: int, size: int) -> dict[str, np.ndarray]:
+    """One row, padded to `size`: its examples end to end, and places of weight 0 for those that it could still hold."""
+    most = self._config.data.examples_per_row
+    pieces = [self._piece(member, real, epoch) for member in self._rows[index]]
+    if most == 1:
+      joined = pieces[0]
+    else:
+      starts = np.cumsum([0] + [len(piece["tokens"]) for piece in pieces])
+      for number, piece in enumerate(pieces):
+        piece["loss_positions"] = piece["loss_positions"] + starts[number]
+        piece["segments"] = np.full(len(piece["tokens"]), 1 + number, np.int32)
+      joined = {name: np.concatenate([np.atleast_1d(piece[name]) for piece in pieces]) for name in pieces[0]}
+    trained = size if self._config.stage == "pretrain" else min(most * (self._config.data.max_response + 1), size)
+    num_losses = 0 if self._sorts[index] else trained
+    num_probes = 0 if self._sorts[index] else most * self._config.probes.per_sequence
+    sizes = {"loss": num_losses, "targets": num_losses, "probe": num_probes, "label": most}
+    length_of = lambda name: sizes.get(name.partition("_")[0], size)
+    return {name: _pad(value, length_of(name)) if np.ndim(value) else value for name, value in joined.items()}
+
+  def _piece(self, index: int, real: bool, epoch: int) -> dict[str, np.ndarray]:
+    """What one example puts into a batch, without padding."""
     example, config = self._examples[index], self._config
     # 1 + index: numpy takes (seed, epoch, 0) for (seed, epoch), which is the plan's.
     rng = np.random.default_rng((config.seed, epoch, 1 + index))
@@ -197,16 +224,14 @@ class Batches(Sequence):
     targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
     positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
     positions = positions - (example.kinds[positions] == TokenKind.CLS)
-    longest = size if example.trajectory == "document" else min(config.data.max_response + 1, size)
-    num_losses = 0 if _is_query(example) else longest
     # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
     label_weight = real and example.trajectory != "harmful"
     return {
-        "tokens": _pad(example.tokens, size, np.int32),
-        "kinds": _pad(example.kinds, size, np.int32),
-        "loss_positions": _pad(positions, num_losses, np.int32),
-        "targets": _pad(example.tokens[targets], num_losses, np.int32),
-        "loss_weights": _pad(np.full(len(targets), real), num_losses, np.float32),
+        "tokens": example.tokens.astype(np.int32),
+        "kinds": example.kinds.astype(np.int32),
+        "loss_positions": positions.astype(np.int32),
+        "targets": example.tokens[targets].astype(np.int32),
+        "loss_weights": np.full(len(targets), real, np.float32),
         "label": np.float32(example.label),
         "label_weight": np.float32(label_weight),
         "probe_views": views,
@@ -254,6 +279,8 @@ def make_loader(
     targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
     probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S), S for documents; R
     and P are 0 in a batch of queries alone.
+  With E = `examples_per_row` above 1: segments int32 [B, S] too, from 1 which example of its row a token belongs to;
+  label and label_weight are [B, E], R = min(E (max_response + 1), S), and of the E p probes every p are one example's.
   Copies that fill up the last batch have weight 0 throughout.
 
   Raises:
@@ -263,5 +290,35 @@ def make_loader(
   return Loader(Batches(examples, config, process_index, process_count, epochs))
 
 
-def _pad(values: np.ndarray, size: int, dtype) -> np.ndarray:
-  return np.pad(values, (0, size - len(values))).astype(dtype)
+def batch_shapes(config: TrainConfig) -> dict[str, np.ndarray]:
+  """A global batch of the longest bucket, whose rows hold as much as one can, of zeros: what a compiler has to know."""
+  length = config.data.buckets[-1] // config.data.examples_per_row
+  kinds = np.full(length, TokenKind.QUERY, np.int32)
+  kinds[-1] = TokenKind.RESPONSE
+  return Batches([Example(np.zeros_like(kinds), kinds, 0, "benign", 0, 1)] * config.data.examples_per_row, config)[0]
+
+
+def _pack(examples: Sequence[Example], room: int, most: int, seed: int) -> list[list[int]]:
+  """Rows of at most `most` examples and `room` tokens; those of one sort (`_is_query`) keep among themselves.
+
+  Best fit, the longest first: an example goes where the least room is left over. Once for all epochs, so that all have
+  as many steps.
+  """
+  rows, open_rows = [], {True: [], False: []}  # Of each sort (room left, row), ascending.
+  order = range(len(examples))
+  if most > 1:  # The seed decides among equals.
+    order = sorted(np.random.default_rng(seed).permutation(len(examples)), key=lambda i: -len(examples[i].tokens))
+  for index in map(int, order):
+    waiting, length = open_rows[_is_query(examples[index])], len(examples[index].tokens)
+    place = bisect.bisect_left(waiting, (length,))
+    left, row = waiting.pop(place) if place < len(waiting) else (room, len(rows))
+    if row == len(rows):
+      rows.append([])
+    rows[row].append(index)
+    if len(rows[row]) < most:
+      bisect.insort(waiting, (left - length, row))
+  return rows
+
+
+def _pad(values: np.ndarray, size: int) -> np.ndarray:
+  return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1))

@@ -1,0 +1,333 @@
+"""What a training step or decoding costs on a TPU pod, found on a machine without one.
+
+  python -m saess_jax.aot --config configs/llama2_7b.py --topology v5e:16x16 [--what train|decode] [--json]
+
+Compiles the true program (`train.train_step`, `decode.advance`) ahead of time for the topology, with the compiler that
+libtpu brings, and reads off what it says: memory a device needs, by part; bytes it moves; collectives. Matrix products
+are counted in the traced program, a loop's body times its length, because XLA's own analysis counts it once. For the
+same reason bytes and collectives come from programs of one and two unrolled layers: the difference is a layer's.
+
+The time of a step is the longest of three, as if they overlapped perfectly: products at the peak rate, HBM traffic at
+its bandwidth, collectives at that of the chip's links. So `mfu_bound` is what the roofline allows, not a measurement.
+Model FLOPs are those without recomputation (remat).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from saess_jax import config as config_lib
+from saess_jax import decode, losses, sharding, train
+from saess_jax import model as model_lib
+from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
+from saess_jax.data import pipeline
+from saess_jax.masks import TokenKind
+from saess_jax.model import Llama
+
+PLATFORMS = ("tpu",)
+WHATS = ("train", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device, from the vendor's system architecture pages: decimal units, as there."""
+
+  flops: float  # bfloat16, a second.
+  hbm: float  # Bytes.
+  hbm_bandwidth: float  # Bytes a second.
+  link_bandwidth: float  # Bytes a second out of the chip, over all its links.
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+}
+
+
+def devices_of(topology: str) -> tuple[Chip, list[Any]]:
+  """"v5e:16x16" -> the chip and its devices, none of which has to exist.
+
+  Raises:
+    ValueError: an unknown chip, a topology that the compiler refuses, or no libtpu.
+  """
+  name = topology.partition(":")[0]
+  if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+    raise ValueError(f"topology is {topology!r}; expected CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)}.")
+  # libtpu asks the machine which TPU it sits in unless it is told that there is none.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  try:
+    return CHIPS[name], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  except Exception as error:  # Whatever the plugin raises.
+    raise ValueError(
+        f"No compiler for {topology}: {error}. Install libtpu (pip install libtpu), and check the topology's size."
+    ) from error
+
+
+def flops_of(jaxpr: Any, times: int = 1) -> float:
+  """FLOPs of the matrix products in a traced program, over all devices; a loop of unknown length counts once."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name, repeat = equation.primitive.name, times
+    if name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+      total += 2.0 * times * math.prod(sizes) * math.prod(equation.outvars[0].aval.shape)
+    elif name == "pallas_call":
+      total += times * _splash_flops(equation)
+      continue
+    elif name == "scan":
+      repeat = times * equation.params["length"]
+    elif name == "shard_map":
+      repeat = times * equation.params["mesh"].size
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      total += flops_of(inner, repeat)
+  return total
+
+
+def _splash_flops(equation: Any) -> float:
+  """Of one call of the attention kernel: 2 products forward, 3 for dq, 4 for dk and dv, over half a square."""
+  name = str(equation.params["name"])
+  products = 4 if "dkv" in name else 3 if "dq" in name else 2
+  *batch, heads, size, dim = next(
+      v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and v.aval.shape[-1] > 1
+      and jnp.issubdtype(v.aval.dtype, jnp.floating))
+  return products * 2.0 * math.prod(batch) * heads * size * size * dim / 2
+
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>\(?[^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def collectives_of(hlo: str) -> dict[str, float]:
+  """Bytes that one device receives in each kind of collective, in the text of a compiled program; loop bodies once."""
+  found: dict[str, float] = {}
+  for match in _COLLECTIVE.finditer(hlo):
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
+    sizes = [_SIZES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays]
+    # Of an asynchronous start's (operands, results) the results are the larger half of a gather.
+    size = max(sizes) if sizes else 0
+    # A ring's all-reduce sends every byte twice: once to be summed, once to be handed out.
+    found[match["kind"]] = found.get(match["kind"], 0.0) + size * (2 if match["kind"] == "all-reduce" else 1)
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program to look at: a jitted function and its abstract arguments."""
+
+  function: Any
+  arguments: tuple[Any, ...]
+
+  def trace(self):
+    return self.function.trace(*self.arguments)
+
+  def compile(self):
+    return self.trace().lower().compile()
+
+
+def _bytes(tree: Any) -> float:
+  """On one device."""
+  return float(sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def train_program(config: TrainConfig, shape: ModelConfig, mesh: Mesh, loss_of: Any = train.loss_of_batch) -> Program:
+  """The jitted training step and the shapes of its state and of a full batch."""
+  model, tx = Llama(shape), train.optimizer(config.optimizer, 1000)
+  state = train.abstract_state(config, model, tx, mesh)
+  place = sharding.batch_sharding(mesh)
+  batch = {
+      name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+      for name, array in pipeline.batch_shapes(config).items()}
+  step = jax.jit(
+      functools.partial(train.train_step, config, model, tx, loss_of=loss_of), donate_argnums=0,
+      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+  return Program(step, (state, batch))
+
+
+def decode_program(
+    config: TrainConfig, shape: ModelConfig, mesh: Mesh, safety: SafetyConfig | None, batch: int, prompt: int,
+    tokens: int) -> Program:
+  """The jitted loop `decode.advance` on a state with a filled cache; weights over tensor, rows over data and fsdp."""
+  model = Llama(shape)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = jax.eval_shape(model.init, key, np.zeros((1, 1), np.int32))["params"]
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  params = jax.tree.map(place, sharding.unbox(boxed), sharding.shardings(boxed, mesh))
+  rows = sharding.batch_sharding(mesh)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  kinds = np.full((batch, prompt), TokenKind.QUERY, np.int32)
+  asked = decode.Prompt(
+      tokens=kinds, kinds=kinds, prefix=np.zeros((batch, 0), np.int32), prefix_length=np.zeros(batch, np.int32))
+  settings = decode.DecodeConfig(
+      safety=safety, sampling=decode.sampling.SamplingConfig(), max_new_tokens=tokens, stop_ids=np.zeros(1, np.int32),
+      refusal=np.zeros(8, np.int32), refusal_break=1, schedule=np.ones(tokens, bool), buffer=tokens)
+  start = lambda params, prompt, rng, config: decode.start(model, params, prompt, rng, config)
+  state = jax.eval_shape(start, params, asked, key, settings)
+  heads = "tensor" if shape.num_kv_heads % mesh.shape["tensor"] == 0 else None
+  cache_place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), heads))
+  spread = lambda leaf: place(leaf, rows if leaf.ndim and leaf.shape[0] == batch else everywhere)
+  state = jax.tree.map(spread, state).replace(
+      cache=jax.tree.map(lambda leaf: place(leaf, cache_place), state.cache))
+  loop = jax.jit(
+      lambda params, prompt, rng, config, state: decode.advance(
+          model, params, prompt, rng, config, state, config.max_new_tokens), donate_argnums=4)
+  abstract = lambda tree: jax.tree.map(lambda x: spread(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))), tree)
+  return Program(loop, (params, abstract(asked), place(key, everywhere), abstract(settings), state))
+
+
+def _plain_loss(config, model, variables, batch, total):
+  """The same batch for a language model without a safety signal."""
+  hidden = model.apply(variables, batch["tokens"]).hidden
+  loss = losses.language_loss(
+      hidden, model_lib.output_head(variables["params"]), batch, total, config.loss, model.config.vocab_size)
+  return loss, {"loss": loss}
+
+
+def _per_layer(make: Any, layers: int) -> tuple[float, dict[str, float]]:
+  """Bytes and collectives of a device for a program `make(n)` of n unrolled layers, carried on to `layers` of them."""
+  costs = []
+  for count in (1, 2):
+    compiled = make(count).compile()
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    costs.append({"bytes": analysis["bytes accessed"], **collectives_of(compiled.as_text())})
+  one, two = costs
+  total = {
+      name: one.get(name, 0.0) + (layers - 1) * (two.get(name, 0.0) - one.get(name, 0.0)) for name in one | two}
+  return total.pop("bytes"), total
+
+
+def _memory(program: Program, parts: dict[str, float]) -> dict[str, Any]:
+  """What a device holds at most while the program runs, in GB (2^30); "hbm_parts" divides it up."""
+  try:
+    memory = program.compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    used = re.search(r"Used ([\d.]+)G of", str(error))
+    if used is None:
+      raise
+    return {"hbm_gb_per_device": float(used[1]), "hbm_parts": parts, "over": True}
+  total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes)
+  parts = parts | {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
+  return {
+      "hbm_gb_per_device": total / 2**30, "hbm_parts": {name: size / 2**30 for name, size in parts.items()},
+      "over": False}
+
+
+def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
+  """Compiles the training step for `topology`; see the module docstring for what the numbers mean.
+
+  Returns:
+    fits, hbm_gb_per_device, hbm_limit_gb, hbm_parts, flops_per_device, bytes_per_device, collective_bytes_per_device,
+    step_seconds_bound, limited_by, mfu_bound, cls_extra_flops_ratio, probe_extra_flops_ratio.
+
+  Raises:
+    ValueError: a bad topology, mesh or setting.
+  """
+  chip, devices = devices_of(topology)
+  train.check(config)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  shape = train.config_of_training(config, config_lib.model_config(config.model, **config.model_overrides))
+  without_probes = dataclasses.replace(config, probes=dataclasses.replace(config.probes, per_sequence=0))
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    program = train_program(config, shape, mesh)
+    state, batch = program.arguments
+    parts = {
+        "weights": _bytes((state.trainable, state.frozen)), "optimizer": _bytes(state.opt_state),
+        "batch": _bytes(batch)}
+    memory = _memory(program, parts)
+    unrolled = lambda count: train_program(
+        config, shape.replace(num_layers=count, scan_layers=False, frozen_layers=0), mesh)
+    moved, collectives = _per_layer(unrolled, shape.num_layers)
+    count = lambda config, shape, **how: flops_of(train_program(config, shape, mesh, **how).trace().jaxpr)
+    flops = count(config, shape)
+    useful = shape.replace(remat="none")
+    plain, with_cls = count(config, useful, loss_of=_plain_loss), count(without_probes, useful)
+    with_probes = count(config, useful)
+  times = {
+      "products": flops / mesh.size / chip.flops, "memory": moved / chip.hbm_bandwidth,
+      "collectives": sum(collectives.values()) / chip.link_bandwidth}
+  slowest = max(times, key=times.get)
+  return {
+      "fits": not memory.pop("over") and memory["hbm_gb_per_device"] <= chip.hbm / 2**30,
+      "hbm_limit_gb": chip.hbm / 2**30, **memory, "flops_per_device": flops / mesh.size, "bytes_per_device": moved,
+      "collective_bytes_per_device": collectives, "step_seconds_bound": times[slowest], "limited_by": slowest,
+      "mfu_bound": with_probes / mesh.size / chip.flops / times[slowest],
+      "cls_extra_flops_ratio": with_cls / plain - 1, "probe_extra_flops_ratio": with_probes / with_cls - 1}
+
+
+def report_decode(config: TrainConfig, topology: str, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+  """Compiles the decoding loop for `topology`, with a verdict at every step and without a safety signal.
+
+  The loop's body holds the pass with the [CLS] rows and the one without them, of which a step runs one; what the
+  second moves is therefore taken off what the body with both does.
+
+  Returns:
+    fits, hbm_gb_per_device, hbm_limit_gb, hbm_parts, bytes_per_device (of a step with a verdict),
+    step_seconds_bound, bytes_ratio_each_vs_off.
+  """
+  chip, devices = devices_of(topology)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  shape = config_lib.model_config(config.model, **config.model_overrides).replace(
+      scan_layers=False, remat="none", param_dtype="bfloat16")
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    make = lambda safety: lambda layers: decode_program(
+        config, shape.replace(num_layers=layers), mesh, safety, batch, prompt, tokens)
+    each = make(config.safety)(shape.num_layers)
+    memory = _memory(each, {"weights": _bytes(each.arguments[0]), "kv cache": _bytes(each.arguments[-1].cache)})
+    with_verdict, _ = _per_layer(make(config.safety), shape.num_layers)
+    without, _ = _per_layer(make(None), shape.num_layers)
+    rest, _ = _per_layer(make(None), 0)  # The head and the sampling: in each body once.
+  step = with_verdict - (without - rest)
+  return {
+      "fits": not memory.pop("over") and memory["hbm_gb_per_device"] <= chip.hbm / 2**30,
+      "hbm_limit_gb": chip.hbm / 2**30, **memory, "bytes_per_device": step,
+      "step_seconds_bound": step / chip.hbm_bandwidth, "bytes_ratio_each_vs_off": step / without}
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A training config under configs/.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "CHIP:AxB (v5e, v6e) or CHIP:AxBxC (v4, v5p).")
+_WHAT = flags.DEFINE_enum("what", "train", WHATS, "The training step, or the decoding loop.")
+_JSON = flags.DEFINE_bool("json", False, "One JSON object as the last line.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Decoding: rows.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt", 512, "Decoding: stored tokens of the prompt.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 512, "Decoding: response slots.", lower_bound=1)
+
+
+def main(argv):
+  del argv
+  config = config_lib.from_config_dict(TrainConfig, _CONFIG.value)
+  if _WHAT.value == "train":
+    report = report_train(config, _TOPOLOGY.value)
+  else:
+    report = report_decode(config, _TOPOLOGY.value, _BATCH.value, _PROMPT.value, _TOKENS.value)
+  for name, value in report.items():
+    print(f"{name:28}", {k: float(f"{v:.4g}") for k, v in value.items()} if isinstance(value, dict)
+          else f"{value:.4g}" if isinstance(value, float) else value)
+  if _JSON.value:
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config"])
+  app.run(main)
