@@ -6,8 +6,8 @@ Kept short: the logic is in saess_jax/train.py, to be imported and tested.
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from saess_jax import cluster, train
 from saess_jax import config as config_lib
-from saess_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/; --config.KEY=VALUE overrides.", lock_config=True)
@@ -21,6 +21,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}; settings are given as --config.KEY=VALUE.")
+  cluster.start()
   train.train_and_evaluate(config_lib.from_config_dict(config_lib.TrainConfig, _CONFIG.value), _WORKDIR.value)
 
 
