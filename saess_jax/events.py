@@ -6,7 +6,6 @@ thread has died of a full disk the next scalar blocks for good. Here a write tha
 
 from __future__ import annotations
 
-import os
 import pathlib
 import time
 
@@ -21,7 +20,7 @@ class Events:
   def __init__(self, folder: pathlib.Path, steps_done: int):
     """Events of later steps than `steps_done`, from files that were there before, are no longer shown."""
     folder.mkdir(exist_ok=True)
-    self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")  # Two starts within a second differ.
+    self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # Two starts in a second differ.
     self._writer.write_event(Event(
         wall_time=time.time(), step=steps_done + 1, session_log=SessionLog(status=SessionLog.START)))
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import http.server
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ import pytest
 from test_train import ONE, ROOT, scalars, small_config
 
 from saess_jax import checkpoint, cluster, train
-from saess_jax.config import MeshConfig, OptimizerConfig, RolloutConfig
+from saess_jax.config import MeshConfig, RolloutConfig
 
 # One process adds up a batch's rows in one sum, several add up parts: float32 rounding, grown over the steps by Adam,
 # which divides by the gradient's size. Measured: 3e-6 for losses near 5.
@@ -141,3 +140,138 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   undisturbed = tmp_path / "undisturbed"
   assert finish(launch(config, undisturbed, 2), undisturbed)[0] == [0, 0]
   assert losses(workdir) == losses(undisturbed)
+
+
+def script(code, envs):
+  """Runs `code` in a process for each of `envs`; exit codes and outputs. The cluster is started before it."""
+  runs = [
+      subprocess.Popen(
+          [sys.executable, "-c", f"from saess_jax import cluster\ncluster.start()\nimport jax\n{code}"], cwd=ROOT,
+          env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | env, stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT, text=True)
+      for env in envs]
+  try:
+    output = [run.communicate(timeout=100)[0] for run in runs]
+  finally:
+    for run in runs:
+      run.kill()
+  return [run.returncode for run in runs], output
+
+
+def by_hand(count, port):
+  return [{"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+          for i in range(count)]
+
+
+def slurm(index, tasks):
+  return {
+      "SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks),
+      "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+
+
+@pytest.mark.parametrize("envs, count", [
+    ([slurm(0, 2), slurm(1, 2)], 2),
+    ([slurm(0, 1)], 1),
+    ([{"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}], 1),  # sbatch, no srun.
+    ([{}], 1),
+])
+def test_a_slurm_step_of_several_tasks_starts_together_and_a_single_machine_starts_nothing(envs, count):
+  codes, output = script("print(jax.process_count(), jax.distributed.is_initialized())", envs)
+  assert codes == [0] * len(envs), output
+  assert all(text.splitlines()[-1] == f"{count} {count > 1}" for text in output)
+
+
+def test_what_goes_wrong_on_one_process_ends_all():
+  code = (
+      "with cluster.together('reading the data') as first:\n"
+      "  if jax.process_index() == 1:\n"
+      "    raise FileNotFoundError('rows.csv is not here')\n")
+  began = time.time()
+  codes, output = script(code, by_hand(3, 47811))
+  assert codes == [1, 1, 1] and time.time() - began < 90
+  assert "FileNotFoundError: rows.csv is not here" in output[1].splitlines()[-1]
+  for text in (output[0], output[2]):
+    assert "PeerFailed: Process 1 of 3 failed while reading the data: FileNotFoundError: rows.csv" in text
+
+
+def test_the_first_process_goes_first():
+  code = (
+      "import time\n"
+      "def work():\n"
+      "  began = time.time()\n"
+      "  if jax.process_index() == 0: time.sleep(2)\n"
+      "  return began, time.time()\n"
+      "print(*cluster.first_then_rest('work', work))\n")
+  codes, output = script(code, by_hand(2, 47812))
+  assert codes == [0, 0], output
+  (_, ended), (began, _) = (map(float, text.splitlines()[-1].split()) for text in output)
+  assert began >= ended
+
+
+@pytest.mark.parametrize("env", [
+    {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+    {"JAX_COORDINATOR_ADDRESS": "host:1"},
+    {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+    {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+    {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+])
+def test_half_a_coordinator_is_refused(env, monkeypatch):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS='.*expected all three or none"):
+    cluster.start()
+
+
+@pytest.mark.parametrize("env, served, hosts", [
+    ({"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None, 4),  # GKE.
+    ({"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, None, 4),
+    ({"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_HOSTNAMES": "a"}, None, 1),
+    ({}, "10.0.0.1,10.0.0.2", 2),  # GCE.
+    ({}, "10.0.0.1", 1),
+    ({"TPU_SKIP_MDS_QUERY": "1"}, "10.0.0.1,10.0.0.2", 1),  # No chips, says jax.
+    ({"JAX_PLATFORMS": "cpu"}, "10.0.0.1,10.0.0.2", 1),
+])
+def test_hosts_of_a_tpu(env, served, hosts, monkeypatch):
+  """Read from the variables of GKE, or from a metadata server as on GCE."""
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      found = served and self.path.endswith("/attributes/worker-network-endpoints")
+      self.send_response(200 if found and self.headers["Metadata-Flavor"] == "Google" else 404)
+      self.end_headers()
+      self.wfile.write((served or "").encode())
+
+    def log_message(self, *_):
+      pass
+
+  server = http.server.HTTPServer(("localhost", 0), Metadata)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  platforms = cluster.jax.config.jax_platforms
+  cluster.jax.config.update("jax_platforms", env.get("JAX_PLATFORMS", "tpu,cpu"))
+  try:
+    assert cluster._tpu_hosts() == hosts
+  finally:
+    cluster.jax.config.update("jax_platforms", platforms)
+    server.shutdown()
+
+
+def test_processes_with_different_configs_or_folders_stop_before_work(data, tmp_path):
+  def failed(*workdirs):
+    runs = [launch(config_of(data, seed=seed), tmp_path / workdir, 1, [env])[0]
+            for (workdir, seed), env in zip(workdirs, by_hand(2, 47813))]
+    codes, output = zip(*(finish([run], tmp_path / workdir) for run, (workdir, _) in zip(runs, workdirs)))
+    assert codes == ([1], [1])
+    assert "PeerFailed: Process 1 of 2 failed while claiming the workdir: ValueError" in output[0][0]
+    return output[1][0]
+
+  said = failed(("mine", 0), ("other", 0))
+  assert "is not there on process 1; give a --workdir on a file system that all hosts share" in said
+  assert not (tmp_path / "other").exists()
+  (tmp_path / "link").symlink_to(tmp_path / "shared")
+  said = failed(("shared", 0), ("link", 1))
+  assert "holds another run: seed is 1 now and 0 there" in said
+  assert not (tmp_path / "shared" / "data").exists()
