@@ -254,22 +254,27 @@ class Checkpoints:
       restored = self._manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract_state), checksums=ocp.args.JsonRestore(),
           iterator=ocp.args.JsonRestore()))
-      found = _checksums(restored["state"])
-      changed = [name for name, value in restored["checksums"].items() if found[name] != value]
-      if changed:
-        raise ValueError(f"{changed[0]} and {len(changed) - 1} other arrays are not what was saved")
+      _compare(restored["state"], restored["checksums"])
     return restored["state"], restored["iterator"]
 
   def restore_trainable(self, step: int) -> Any:
-    """The trainable weights of `step` alone, as they were saved, on the default device."""
-    state = self._manager.item_metadata(step)["state"].tree
+    """The trainable weights of `step` alone, as they were saved, on the default device.
+
+    Raises:
+      Damaged: as `restore`; the other steps are named.
+    """
+    folder = self.folder / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     as_array = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-    wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
-    handler = ocp.PyTreeCheckpointer()
-    return handler.restore(self.folder / str(step) / "state", args=ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True))["trainable"]
+    others = ", ".join(str(other) for other in self.steps() if other != step)
+    with _damage(folder, f" Load another step: {others}." if others else ""):
+      state = self._manager.item_metadata(step)["state"].tree
+      wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
+      restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
+          item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+      _compare(restored, self._manager.restore(step, args=ocp.args.Composite(
+          checksums=ocp.args.JsonRestore()))["checksums"])
+    return restored["trainable"]
 
   def close(self) -> None:
     """Waits for what is being written. Raises SaveFailed if that fails."""
@@ -282,7 +287,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _damage(path: pathlib.Path) -> Iterator[None]:
+def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
   """What orbax, tensorstore and JSON raise for a file that is missing, cut short or overwritten, as `Damaged`."""
   said = None
   with contextlib.redirect_stderr(io.StringIO()):  # Of each array orbax's unfinished reads say a page.
@@ -293,7 +298,7 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
     if said:
       gc.collect()
   if said:
-    raise Damaged(f"{path} is damaged ({said}).")
+    raise Damaged(f"{path} is damaged ({said}).{advice}")
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -312,6 +317,12 @@ def _checksums(tree: Any) -> dict[str, int]:
   its own, modulo 2^32: no order of additions, hence no mesh, changes it.
   """
   return {name: int(value) for name, value in _jitted_checksums(_named(tree)).items()}
+
+
+def _compare(tree: Any, saved: dict[str, int]) -> None:
+  changed = [name for name, value in _checksums(tree).items() if saved[name] != value]
+  if changed:
+    raise ValueError(f"{changed[0]} is not what was saved, nor are {len(changed) - 1} other arrays")
 
 
 @jax.jit

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from tensorboardX.proto import event_pb2
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = 160
+ROWS = 480
 LONG, SHORT = 900, 40  # Steps of the run that is killed, and of the others.
 CONFIG = """
 from saess_jax.config import *
@@ -35,8 +35,8 @@ def get_config():
   return to_config_dict(TrainConfig(
       model="tiny", model_overrides={{"vocab_size": 260}},
       data=DataConfig(source={source!r}, max_length=128, max_response=12, buckets=(128,), batch_size=4),
-      probes=ProbeConfig(per_sequence=2), rollouts=RolloutConfig(tokens=24, batch_size=16),
-      optimizer=OptimizerConfig(learning_rate=1e-3), epochs=100, max_steps={steps}, eval_every=20, save_every=10))
+      probes=ProbeConfig(per_sequence=2), rollouts=RolloutConfig(tokens=40, batch_size=16),
+      optimizer=OptimizerConfig(learning_rate=1e-3), epochs=20, max_steps={steps}, eval_every=20, save_every=10))
 """
 
 
@@ -131,19 +131,24 @@ def kills(chaos: Chaos, count: int) -> None:
   rest = count - len(parts)
   parts += chaos.rng.sample(["steps"] * (rest // 2) + ["save"] * (rest - rest // 2), rest)
   reached: dict[str, list[str]] = {}
+  unfinished = lambda: set((workdir / "data").rglob("incomplete*"))
+  sights = {  # What the kill waits for, and the longest it waits from there.
+      "start": (lambda said, before: True, 8.0),
+      "data": (lambda said, before: unfinished() - before, 0.05),
+      "rollouts": (lambda said, before: "rollouts:" in said, 2.0),
+      "steps": (lambda said, before: "loss=" in said, 2.0),
+      "save": (lambda said, before: "loss=" in said and is_saving(workdir), 0.1)}
   for part in parts:
+    before, (sight, window) = unfinished(), sights[part]
     with chaos.running(name, LONG) as (run, said):
-      sights = {
-          "start": (lambda: True, 8.0),
-          "data": (lambda: any((workdir / "data").rglob("incomplete*")), 0.05),
-          "rollouts": (lambda: "rollouts:" in said(), 3.0),
-          "steps": (lambda: "step/s" in said() and "loss=" in said(), 2.0),
-          "save": (lambda: "loss=" in said() and is_saving(workdir), 0.1)}
-      sight, window = sights[part]
-      if not wait_for(run, sight):
-        raise SystemExit(f"The run ended before a kill in {part}:\n{said()[-2000:]}")
+      while run.poll() is None and not (sight(said(), before) or (part != "save" and "loss=" in said())):
+        time.sleep(0.002)
       time.sleep(chaos.rng.uniform(0, window))
+      if run.poll() is not None:
+        raise SystemExit(f"The run ended before a kill in {part}:\n{said()[-2000:]}")
       run.kill()
+      if "loss=" in said() and part != "save":
+        part = "steps"  # What was aimed at had passed.
     saving = " in a save" if is_saving(workdir) else ""
     lines = workdir / "rollouts.jsonl"
     found = {"rollouts": f"{lines.read_bytes().count(10) if lines.exists() else 0} rollouts written"}

@@ -66,9 +66,11 @@ def largest(step):
   return max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
-def flip(step):
+def flip(step, every=None):
   content = bytearray(largest(step).read_bytes())
-  content[len(content) // 2] ^= 1
+  every = every or len(content) // 2 + 1
+  for at in range(every - 1, len(content), every):
+    content[at] ^= 1
   largest(step).write_bytes(bytes(content))
 
 
@@ -91,6 +93,16 @@ def test_every_damage_is_seen(finished, tmp_path, capsys, harm):
   assert said.startswith(str(tmp_path / "checkpoints" / "6 is damaged (")) and len(said) < 600, said
   assert manager.steps() == [3] and manager.latest_step() == manager.best_step() == 3
   manager.close()
+
+
+@pytest.mark.parametrize("harm", [lambda step: flip(step, 4096), lambda step: shutil.rmtree(step / "state")])
+def test_research_is_told_which_steps_are_left(finished, tmp_path, harm):
+  shutil.copytree(finished[1], tmp_path / "run")
+  assert checkpoint.load_for_research(tmp_path / "run", step=6)
+  harm(tmp_path / "run" / "checkpoints" / "6")
+  with pytest.raises(checkpoint.Damaged, match="checkpoints/6 is damaged .*Load another step: 3"):
+    checkpoint.load_for_research(tmp_path / "run", step=6)
+  assert checkpoint.load_for_research(tmp_path / "run", step=3)
 
 
 def test_bad_metrics_cost_a_step_its_place_as_best_only(finished, tmp_path, capsys):
