@@ -130,14 +130,13 @@ class Checkpoints:
     with cluster.together("looking at the checkpoints' metrics") as first:
       if first:
         self._drop_damaged_metrics()
-    handlers = {
+    self._handlers = {
         "state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler(),
         "iterator": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=ocp.CheckpointManagerOptions(
-        best_fn=accuracy,
-        preservation_policy=keep.AnyPreservationPolicy([
-            keep.LatestN(keep_last),
-            keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)])))
+    options = ocp.CheckpointManagerOptions(best_fn=accuracy, preservation_policy=keep.AnyPreservationPolicy([
+        keep.LatestN(keep_last),
+        keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)]))
+    self._manager = ocp.CheckpointManager(self.folder, item_handlers=self._handlers, options=options)
 
   def _drop_damaged_metrics(self) -> None:
     """Orbax reads all metrics first, and would stop at bad ones; a step is whole without, though never the best."""
@@ -171,7 +170,7 @@ class Checkpoints:
           state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(_checksums(state)),
           iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))
     except Exception as error:  # Whatever the file system or orbax says.
-      raise self._failure(step if self._writing is None else self._writing, error) from error
+      raise self._failure(step if self._writing is None else self._writing, error) from None
 
   def _failure(self, step: int, error: Exception) -> SaveFailed:
     disk = shutil.disk_usage(self.folder)
@@ -180,7 +179,7 @@ class Checkpoints:
     return SaveFailed(
         f"Checkpoint {step} could not be written to {self.folder}, where {disk.free / 2**20:,.0f} of "
         f"{disk.total / 2**20:,.0f} MiB are free; {last}. Make room there, then give the same command to go on from "
-        f"it. The cause: {type(error).__name__}: {error}")
+        f"it. The cause: {_first_line(error)}")
 
   def steps(self) -> list[int]:
     """Those whose writing was completed, in order."""
@@ -207,8 +206,7 @@ class Checkpoints:
     damaged: dict[int, Exception] = {}
     for step in reversed(self.steps()):
       try:
-        with cluster.together(f"reading checkpoint {step}"):
-          state, iterator = self.restore(step, abstract_state)
+        state, iterator = self.restore(step, abstract_state)
       except (Damaged, cluster.PeerFailed) as error:
         damaged[step] = error
       else:
@@ -238,24 +236,27 @@ class Checkpoints:
       abstract_state: tree of jax.ShapeDtypeStruct, with shardings to place the arrays on a mesh.
 
     Raises:
-      Damaged: a file is missing or cut short, or an array is not what was saved.
+      Damaged: a file is missing or cut short, or an array is not what was saved; PeerFailed where only another process
+        finds it so.
       ValueError: the checkpoint is of another model or optimizer; the first array that differs is named.
     """
-    with _damage(self.folder / str(step)):
-      stored = _shapes(self._manager.item_metadata(step)["state"].tree)
-    expected = _shapes(abstract_state)
-    for name in sorted(stored.keys() | expected.keys()):
-      if stored.get(name) != expected.get(name):
-        raise ValueError(
-            f"{self.folder / str(step)} is a checkpoint of another model: {name} is "
-            f"{stored.get(name, 'absent')} there, and {expected.get(name, 'absent')} in this model. Give the config "
-            "it was made with.")
-    with _damage(self.folder / str(step)):
-      restored = self._manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state), checksums=ocp.args.JsonRestore(),
-          iterator=ocp.args.JsonRestore()))
-      _compare(restored["state"], restored["checksums"])
-    return restored["state"], restored["iterator"]
+    folder = self.folder / str(step)
+    # By the handlers, not by the manager: its barrier after reading is not reached by a process that cannot read.
+    with cluster.together(f"reading {folder}"):
+      with _damage(folder):
+        stored = _shapes(self._manager.item_metadata(step)["state"].tree)
+      expected = _shapes(abstract_state)
+      for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+          raise ValueError(
+              f"{folder} is a checkpoint of another model: {name} is {stored.get(name, 'absent')} there, and "
+              f"{expected.get(name, 'absent')} in this model. Give the config it was made with.")
+      with _damage(folder):
+        state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
+        checksums, iterator = (self._handlers[name].restore(folder / name) for name in ("checksums", "iterator"))
+    with _damage(folder):
+      _compare(state, checksums)  # Over all devices, so that each process finds the same.
+    return state, iterator
 
   def restore_trainable(self, step: int) -> Any:
     """The trainable weights of `step` alone, as they were saved, on the default device.
@@ -272,8 +273,7 @@ class Checkpoints:
       wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
       restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
           item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
-      _compare(restored, self._manager.restore(step, args=ocp.args.Composite(
-          checksums=ocp.args.JsonRestore()))["checksums"])
+      _compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
     return restored["trainable"]
 
   def close(self) -> None:
@@ -281,7 +281,7 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._failure(self._writing, error) from error
+      raise self._failure(self._writing, error) from None
     finally:
       self._manager.close()
 
@@ -294,11 +294,16 @@ def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
     try:
       yield
     except Exception as error:  # Not chained: its frames keep those reads alive, to speak later.
-      said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+      said = _first_line(error)
     if said:
       gc.collect()
   if said:
     raise Damaged(f"{path} is damaged ({said}).{advice}")
+
+
+def _first_line(error: Exception) -> str:
+  """Behind it tensorstore says a page of its settings."""
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _named(tree: Any) -> dict[str, Any]:

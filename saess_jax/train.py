@@ -282,7 +282,8 @@ def _resume(
     return state
   step, saved, iterator = newest
   loader.set_state(iterator)
-  print(f"Resuming at step {step}.")
+  if jax.process_index() == 0:
+    print(f"Resuming at step {step}.")
   return state.replace(**saved)
 
 
@@ -335,8 +336,8 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
           pending, last = None, last or stop
         if evaluate and not stop:
           validated = run_validation(state)
-          bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
           if writer:
+            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
             writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
         if last or step % config.save_every == 0:
           with cluster.together("saving"):

@@ -36,6 +36,15 @@ def config_of(data, **changes):
   return small_config(data, rollouts=RolloutConfig(tokens=6, batch_size=16, max_prompts=16), **changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  """What one of the processes compiled the later ones read."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    yield
+
+
 def launch(config, workdir, count, envs=({},)):
   """`count` processes of train.py; `envs` are added to their environments in turn."""
   file = workdir.parent / f"{workdir.name}.py"
@@ -122,17 +131,17 @@ def test_what_four_processes_saved_is_restored_by_fewer_and_more_devices(data, f
 
 
 def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
-  config = config_of(data, epochs=100, max_steps=100, eval_every=0, save_every=1000)
+  config = config_of(data, epochs=100, max_steps=30, eval_every=0, save_every=1000)
   workdir = tmp_path / "run"
   runs = launch(config, workdir, 2)
   deadline = time.time() + 120
-  while "train:   1%" not in (tmp_path / "run.0.log").read_text() and time.time() < deadline:
+  while "train:   3%" not in (tmp_path / "run.0.log").read_text() and time.time() < deadline:
     time.sleep(0.05)
   runs[1].send_signal(signal.SIGTERM)  # Not the first, which writes.
   codes, output = finish(runs, workdir)
   assert codes == [0, 0], output
   (stopped,) = checkpoint.Checkpoints(workdir).steps()
-  assert 0 < stopped < 100
+  assert 0 < stopped < 30
   assert all(f"SIGTERM: saved step {stopped}" in text for text in output)
   codes, output = finish(launch(config, workdir, 2), workdir)
   assert codes == [0, 0] and f"Resuming at step {stopped}." in output[0]
@@ -140,6 +149,20 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   undisturbed = tmp_path / "undisturbed"
   assert finish(launch(config, undisturbed, 2), undisturbed)[0] == [0, 0]
   assert losses(workdir) == losses(undisturbed)
+
+
+def test_a_file_that_only_one_process_reads_is_damaged(data, tmp_path):
+  """Both fall back to the step before, and end as if nothing had been."""
+  workdir, harmed = tmp_path / "run", tmp_path / "harmed"
+  assert finish(launch(config_of(data), workdir, 2), workdir)[0] == [0, 0]
+  shutil.copytree(workdir, harmed)
+  arrays = (harmed / "checkpoints" / "6" / "state" / "ocdbt.process_1" / "d").iterdir()
+  os.truncate(max(arrays, key=lambda path: path.stat().st_size), 0)
+  codes, output = finish(launch(config_of(data), harmed, 2), harmed)
+  assert codes == [0, 0], output
+  assert "Process 1 of 2 failed while reading" in output[0] and "going on from step 3." in output[0]
+  assert losses(harmed) == losses(workdir)
+  assert (harmed / "checkpoints" / "6.damaged").exists()
 
 
 def script(code, envs):
