@@ -3,10 +3,13 @@
 Kept short: the logic is in saess_jax/train.py, to be imported and tested.
 """
 
+import os
+import sys
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from saess_jax import cluster, train
+from saess_jax import checkpoint, cluster, train
 from saess_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,7 +25,11 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}; settings are given as --config.KEY=VALUE.")
   cluster.start()
-  train.train_and_evaluate(config_lib.from_config_dict(config_lib.TrainConfig, _CONFIG.value), _WORKDIR.value)
+  try:
+    train.train_and_evaluate(config_lib.from_config_dict(config_lib.TrainConfig, _CONFIG.value), _WORKDIR.value)
+  except checkpoint.SaveFailed as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # At the interpreter's end each of orbax's unfinished writes would say a page, and bury the message.
 
 
 if __name__ == "__main__":

@@ -278,9 +278,9 @@ cp -r {workdir} {chaos.folder}/full_kept
 
 def _last_error(said: str, workdir: pathlib.Path) -> str:
   """The last line of the last traceback, with the folder's name for its path."""
-  lines = [line for line in said.splitlines() if line.startswith(("ValueError: ", "saess_jax."))]
+  lines = [line for line in said.splitlines() if line.startswith(("ValueError: ", "SaveFailed: ", "saess_jax."))]
   line = lines[-1] if lines else said[-200:]
-  return "`" + line.replace(str(workdir), "RUN").replace(str(workdir.parent) + "/", "").replace("|", "/") + "`."
+  return "`" + line.replace(str(workdir), "RUN").replace(str(workdir.parent) + "/", "").replace("|", "/") + "`"
 
 
 def main() -> int:
