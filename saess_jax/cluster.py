@@ -39,7 +39,7 @@ def start() -> None:
   Raises:
     ValueError: only some of the three variables are set, or they do not fit together.
   """
-  # SIGTERM is the training loop's own (its handler must not be replaced by that of jax's preemption service).
+  # It would take SIGTERM for itself, and the process would not end by it before the training loop looks for it.
   jax.config.update("jax_enable_preemption_service", False)
   by_hand = [name for name in _VARIABLES if os.environ.get(name)]
   if set(by_hand) & {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}:
