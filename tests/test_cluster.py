@@ -130,6 +130,7 @@ def test_what_four_processes_saved_is_restored_by_fewer_and_more_devices(data, f
     assert value == pytest.approx(expected[key], abs=TOLERANCE), key
 
 
+@pytest.mark.slow  # Three starts of two processes.
 def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   config = config_of(data, epochs=100, max_steps=30, eval_every=0, save_every=1000)
   workdir = tmp_path / "run"

@@ -19,6 +19,9 @@ from saess_jax import checkpoint, events, train
 from saess_jax.config import RolloutConfig
 from saess_jax.data import rollouts
 
+# Of a damaged checkpoint orbax leaves reads behind that it never awaits.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
