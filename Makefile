@@ -12,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 # Huge pages for large arrays (glibc 2.35 or newer, ignored elsewhere): a training step on a CPU takes a quarter less.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow chaos lint
 
 demo: $(BIN)/.saess-runtime
 	$(BIN)/python train.py --config configs/demo.py --workdir $(RUN)
@@ -23,6 +23,10 @@ test: $(BIN)/.saess-dev
 
 test-slow: $(BIN)/.saess-dev
 	$(BIN)/python -m pytest -m slow
+
+# Kills, damaged checkpoints, a full disk, changed data: ten minutes, and the table of docs/faults.md.
+chaos: $(BIN)/.saess-runtime
+	$(BIN)/python tests/chaos.py --seed 0
 
 lint: $(BIN)/.saess-dev
 	$(BIN)/ruff check .

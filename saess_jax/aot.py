@@ -245,8 +245,8 @@ def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
     ValueError: a bad topology, mesh or setting.
   """
   chip, devices = devices_of(topology)
-  train.check(config)
   mesh = sharding.make_mesh(config.mesh, devices)
+  train.check(config, mesh)
   shape = train.config_of_training(config, config_lib.model_config(config.model, **config.model_overrides))
   without_probes = dataclasses.replace(config, probes=dataclasses.replace(config.probes, per_sequence=0))
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -1,7 +1,9 @@
 """What a run keeps in its workdir, and how it is had back.
 
   config.json          the TrainConfig; another run's config is refused
-  checkpoints/STEP/    orbax: state (step, trainable weights, optimizer, rng), iterator, config
+  data.json            rows and digest of each split when the run began; other rows are refused
+  checkpoints/STEP/    orbax: state (step, trainable weights, optimizer, rng), its checksums, iterator, config
+  checkpoints/STEP.damaged/    a step that could not be read when the run was resumed; may be deleted
   rollouts.jsonl       the base model's completions of the training prompts
   tensorboard/         events
 
@@ -10,10 +12,17 @@ With LoRA the base weights are not stored again: they come from where the run to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
+import hashlib
+import io
 import json
 import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,20 +32,41 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from saess_jax import adapters, hf
+from saess_jax import adapters, cluster, events, hf
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
+from saess_jax.data import sources
 
 
-def claim_workdir(workdir: str | pathlib.Path, config: TrainConfig) -> pathlib.Path:
-  """Makes the workdir this run's by writing config.json, or finds that it is so already.
+class Damaged(RuntimeError):
+  """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+
+
+class SaveFailed(RuntimeError):
+  """A checkpoint that could not be written."""
+
+
+def claim_workdir(
+    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]]
+) -> pathlib.Path:
+  """Makes the workdir this run's by writing data.json and config.json, or finds that it is so already.
+
+  Args:
+    rows: of each split.
 
   Raises:
-    ValueError: it holds another run's config; the keys that differ are named and nothing is touched.
+    ValueError: it holds another run's config, or a run over other rows; the keys or splits that differ are named and
+      nothing is touched. Or a process beside the first does not find what the first wrote.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
   path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+  if jax.process_index() and not path.exists():
+    raise ValueError(
+        f"The first process made {path}, and it is not there on process {jax.process_index()}; give a --workdir on a "
+        "file system that all hosts share.")
+  digests = {split: {"rows": len(of), "sha256": hashlib.sha256(repr(list(of)).encode()).hexdigest()}
+             for split, of in rows.items()}
   if path.exists():
     ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
     different = [
@@ -46,12 +76,30 @@ def claim_workdir(workdir: str | pathlib.Path, config: TrainConfig) -> pathlib.P
       raise ValueError(
           f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
           "that run to resume it.")
+    _check_rows(workdir / "data.json", config.data.source, digests)
     return workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_suffix(".tmp")
-  unfinished.write_text(json.dumps(mine, indent=2) + "\n")
-  unfinished.replace(path)
+  _write_whole(workdir / "data.json", digests)
+  _write_whole(path, mine)  # Last: it is what makes the workdir a run's.
   return workdir
+
+
+def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> None:
+  before = json.loads(path.read_text()) if path.exists() else digests  # A run older than this file.
+  changed = [
+      f"{split} had {before[split]['rows']} rows and has {now['rows']}" + (
+          " others" if before[split]["rows"] == now["rows"] else "")
+      for split, now in digests.items() if before[split] != now]
+  if changed:
+    raise ValueError(
+        f"The data of {source} changed since the run in {path.parent} began: {'; '.join(changed)}. Put the data back "
+        "as it was to resume that run, or choose another --workdir.")
+
+
+def _write_whole(path: pathlib.Path, values: dict[str, Any]) -> None:
+  unfinished = path.with_suffix(".tmp")
+  unfinished.write_text(json.dumps(values, indent=2) + "\n")
+  unfinished.replace(path)
 
 
 def read_config(workdir: str | pathlib.Path) -> TrainConfig:
@@ -80,24 +128,64 @@ class Checkpoints:
     keep = checkpoint_managers.preservation_policy
     accuracy = lambda metrics: metrics["cls_accuracy"]
     self.folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
-    handlers = {
-        "state": ocp.StandardCheckpointHandler(), "iterator": ocp.JsonCheckpointHandler(),
-        "config": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=ocp.CheckpointManagerOptions(
-        best_fn=accuracy,
-        preservation_policy=keep.AnyPreservationPolicy([
-            keep.LatestN(keep_last),
-            keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)])))
+    self._writing: int | None = None  # The step that is being written, or was last.
+    with cluster.together("looking at the checkpoints' metrics") as first:
+      if first:
+        self._drop_damaged_metrics()
+    self._handlers = {
+        "state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler(),
+        "iterator": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(best_fn=accuracy, preservation_policy=keep.AnyPreservationPolicy([
+        keep.LatestN(keep_last),
+        keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)]))
+    self._manager = ocp.CheckpointManager(self.folder, item_handlers=self._handlers, options=options)
+
+  def _drop_damaged_metrics(self) -> None:
+    """Orbax reads all metrics first, and would stop at bad ones; a step is whole without, though never the best."""
+    for path in self.folder.glob("*/metrics/metrics"):
+      try:
+        json.loads(path.read_text())
+      except ValueError as error:
+        shutil.rmtree(path.parent)
+        print(f"{path} is damaged ({error}); that step no longer counts as the best one.", file=sys.stderr)
 
   def save(
-      self, step: int, state: Any, iterator: dict[str, Any], config: TrainConfig, metrics: dict[str, float] | None
-  ):
-    """Starts writing in the background; `close` waits for it. A step that is there already is left as it is."""
-    if step in self._manager.all_steps():
-      return
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(iterator),
-        config=ocp.args.JsonSave(dataclasses.asdict(config))))
+      self, step: int, state: Any, iterator: dict[str, Any], config: TrainConfig, metrics: dict[str, float] | None,
+      written: events.Events | None = None
+  ) -> None:
+    """Starts writing in the background; `close` waits for it. A step that is there already is left as it is.
+
+    Args:
+      written: flushed before, so that no step behind a checkpoint lacks its events.
+
+    Raises:
+      SaveFailed: of this step, or of the one before, whose writing had gone on since then.
+    """
+    try:
+      if written is not None:
+        written.flush()
+      if step in self._manager.all_steps():
+        return
+      self._manager.wait_until_finished()
+      self._writing = step
+      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(_checksums(state)),
+          iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))
+    except Exception as error:  # Whatever the file system or orbax says.
+      raise self._failure(step if self._writing is None else self._writing, error) from None
+
+  def _failure(self, step: int, error: Exception) -> SaveFailed:
+    disk = shutil.disk_usage(self.folder)
+    whole = [other for other in self.steps() if other != step]
+    last = f"the last good one is step {whole[-1]}" if whole else "there is none before it"
+    return SaveFailed(
+        f"Checkpoint {step} could not be written to {self.folder}, where {disk.free / 2**20:,.0f} of "
+        f"{disk.total / 2**20:,.0f} MiB are free; {last}. Make room there, then give the same command to go on from "
+        f"it. The cause: {_first_line(error)}")
+
+  def steps(self) -> list[int]:
+    """Those whose writing was completed, in order."""
+    return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -107,6 +195,42 @@ class Checkpoints:
     best = self._manager.best_step()
     return self._manager.latest_step() if best is None else best
 
+  def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest step that is whole: its number, state and iterator's state; None if there is no checkpoint.
+
+    Damaged steps above it are named on stderr and renamed to STEP.damaged, out of the way of that step's next save.
+    All processes take the same step.
+
+    Raises:
+      Damaged: there are checkpoints, and none is whole; nothing is renamed.
+      ValueError: as `restore`.
+    """
+    damaged: dict[int, Exception] = {}
+    for step in reversed(self.steps()):
+      try:
+        state, iterator = self.restore(step, abstract_state)
+      except (Damaged, cluster.PeerFailed) as error:
+        damaged[step] = error
+      else:
+        self._set_aside(damaged, step)
+        return step, state, iterator
+    if damaged:
+      raise Damaged(
+          f"No checkpoint in {self.folder} can be read. " + " ".join(map(str, damaged.values())) + " Put a copy of "
+          "one there, or delete the folder to train from the beginning.")
+    return None
+
+  def _set_aside(self, damaged: dict[int, Exception], used: int) -> None:
+    if not damaged:
+      return
+    with cluster.together("setting damaged checkpoints aside") as first:
+      for step, error in damaged.items() if first else ():
+        aside = self.folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        print(f"{error} It is kept as {aside.name}; going on from step {used}.", file=sys.stderr)
+    self._manager.reload()
+
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """The state and the iterator's state of `step`.
 
@@ -114,39 +238,109 @@ class Checkpoints:
       abstract_state: tree of jax.ShapeDtypeStruct, with shardings to place the arrays on a mesh.
 
     Raises:
+      Damaged: a file is missing or cut short, or an array is not what was saved; PeerFailed where only another process
+        finds it so.
       ValueError: the checkpoint is of another model or optimizer; the first array that differs is named.
     """
-    stored = _shapes(self._manager.item_metadata(step)["state"].tree)
-    expected = _shapes(abstract_state)
-    for name in sorted(stored.keys() | expected.keys()):
-      if stored.get(name) != expected.get(name):
-        raise ValueError(
-            f"{self.folder / str(step)} is a checkpoint of another model: {name} is "
-            f"{stored.get(name, 'absent')} there, and {expected.get(name, 'absent')} in this model. Give the config "
-            "it was made with.")
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state), iterator=ocp.args.JsonRestore()))
-    return restored["state"], restored["iterator"]
+    folder = self.folder / str(step)
+    # By the handlers, not by the manager: its barrier after reading is not reached by a process that cannot read.
+    with cluster.together(f"reading {folder}"):
+      with _damage(folder):
+        stored = _shapes(self._manager.item_metadata(step)["state"].tree)
+      expected = _shapes(abstract_state)
+      for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+          raise ValueError(
+              f"{folder} is a checkpoint of another model: {name} is {stored.get(name, 'absent')} there, and "
+              f"{expected.get(name, 'absent')} in this model. Give the config it was made with.")
+      with _damage(folder):
+        state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
+        checksums, iterator = (self._handlers[name].restore(folder / name) for name in ("checksums", "iterator"))
+    with _damage(folder):
+      _compare(state, checksums)  # Over all devices, so that each process finds the same.
+    return state, iterator
 
   def restore_trainable(self, step: int) -> Any:
-    """The trainable weights of `step` alone, as they were saved, on the default device."""
-    state = self._manager.item_metadata(step)["state"].tree
+    """The trainable weights of `step` alone, as they were saved, on the default device.
+
+    Raises:
+      Damaged: as `restore`; the other steps are named.
+    """
+    folder = self.folder / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     as_array = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-    wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
-    handler = ocp.PyTreeCheckpointer()
-    return handler.restore(self.folder / str(step) / "state", args=ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True))["trainable"]
+    others = ", ".join(str(other) for other in self.steps() if other != step)
+    with _damage(folder, f" Load another step: {others}." if others else ""):
+      state = self._manager.item_metadata(step)["state"].tree
+      wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
+      restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
+          item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+      _compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
+    return restored["trainable"]
 
-  def close(self):
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def close(self) -> None:
+    """Waits for what is being written. Raises SaveFailed if that fails."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failure(self._writing, error) from None
+    finally:
+      self._manager.close()
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
+  """What orbax, tensorstore and JSON raise for a file that is missing, cut short or overwritten, as `Damaged`."""
+  said = None
+  with contextlib.redirect_stderr(io.StringIO()):  # Of each array orbax's unfinished reads say a page.
+    try:
+      yield
+    except Exception as error:  # Not chained: its frames keep those reads alive, to speak later.
+      said = _first_line(error)
+    if said:
+      gc.collect()
+  if said:
+    raise Damaged(f"{path} is damaged ({said}).{advice}")
+
+
+def _first_line(error: Exception) -> str:
+  """Behind it tensorstore says a page of its settings."""
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+  """A number for each array, by its name, that any one changed element changes.
+
+  Storage does not check all the bytes that it holds. The sum is over the elements' bits, each times an odd number of
+  its own, modulo 2^32: no order of additions, hence no mesh, changes it.
+  """
+  return {name: int(value) for name, value in _jitted_checksums(_named(tree)).items()}
+
+
+def _compare(tree: Any, saved: dict[str, int]) -> None:
+  changed = [name for name, value in _checksums(tree).items() if saved[name] != value]
+  if changed:
+    raise ValueError(f"{changed[0]} is not what was saved, nor are {len(changed) - 1} other arrays")
+
+
+@jax.jit
+def _jitted_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  def one(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+  return jax.tree.map(one, arrays)
 
 
 @functools.lru_cache(maxsize=4)
@@ -207,7 +401,7 @@ def load_for_research(
   chosen = checkpoints.best_step() if step is None else step
   if chosen is None:
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
-  steps = sorted(int(entry.name) for entry in checkpoints.folder.iterdir() if entry.name.isdigit())
+  steps = checkpoints.steps()
   if chosen not in steps:
     raise ValueError(f"{checkpoints.folder} has no step {chosen}; it has {', '.join(map(str, steps))}.")
   trained = checkpoints.restore_trainable(chosen)

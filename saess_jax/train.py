@@ -7,6 +7,7 @@ weights that the config names.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -22,12 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorboardX
 import tqdm
 from absl import logging
-from jax.experimental import multihost_utils
 
-from saess_jax import adapters, checkpoint, losses, masks, sharding
+from saess_jax import adapters, checkpoint, cluster, events, losses, masks, sharding
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -65,8 +64,13 @@ class Diverged(RuntimeError):
   """A loss or gradient that is not finite."""
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for settings that cannot work together, before any work."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
+  if config.data.batch_size % shards:
+    raise ValueError(
+        f"data.batch_size {config.data.batch_size} is not divisible by {shards} (mesh data {mesh.shape['data']} x fsdp "
+        f"{mesh.shape['fsdp']} x optimizer.accumulation {config.optimizer.accumulation}); change one of them.")
   if config.stage not in masks.STAGES:
     raise ValueError(f"stage is {config.stage!r}; expected one of {', '.join(masks.STAGES)}.")
   if config.cls_sees_response not in masks.CLS_SEES_RESPONSE:
@@ -226,9 +230,9 @@ def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sour
       system_prompt=config.data.system_prompt, seed=config.seed)
   sample = lambda prompts: [r.ids for r in generator.respond(prompts, progress="rollouts")]
   path = workdir / "rollouts.jsonl"
-  if jax.process_index() == 0:
-    rollouts.complete(path, [row.prompt for row in rows], sample)
-  multihost_utils.sync_global_devices("rollouts")
+  with cluster.together("sampling rollouts") as first:
+    if first:
+      rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
 
 
@@ -239,25 +243,26 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     The last validation's averages.
 
   Raises:
-    ValueError: bad settings or data, a mesh that does not fit, another run's workdir; before anything is written.
+    ValueError: bad settings or data, a mesh that does not fit, a workdir of another run or of other data; before
+      anything is written.
     Diverged: the loss is not finite; the last good checkpoint stays.
+    checkpoint.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
+    cluster.PeerFailed: any of these on another process.
   """
-  check(config)
-  mesh = sharding.make_mesh(config.mesh)
-  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
-  if config.data.batch_size % shards:
-    raise ValueError(
-        f"data.batch_size {config.data.batch_size} is not divisible by {shards} (mesh data {mesh.shape['data']} x fsdp "
-        f"{mesh.shape['fsdp']} x optimizer.accumulation {config.optimizer.accumulation}); change one of them.")
-  dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
-  rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
-  sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
-  shape, base, tokenizer = checkpoint.load_base(config)
-  training = config_of_training(config, shape)
-  for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
-    pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config)
-  workdir = checkpoint.claim_workdir(workdir, config)
-  rows = {split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows}
+  process, processes = jax.process_index(), jax.process_count()
+  with cluster.together("checking settings, data and weights"):
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh)
+    dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
+    rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
+    sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
+    shape, base, tokenizer = checkpoint.load_base(config)
+    training = config_of_training(config, shape)
+    for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
+      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config, process, processes)
+  workdir = cluster.first_then_rest("claiming the workdir", lambda: checkpoint.claim_workdir(workdir, config, rows))
+  rows = cluster.first_then_rest("preparing the data", lambda: {
+      split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
   limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
   rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
   known = None
@@ -265,7 +270,6 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sampled = sources.draw_evenly(rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed)
     known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
 
-  process, processes = jax.process_index(), jax.process_count()
   loader = pipeline.make_loader(
       pipeline.build_examples(tokenizer, rows["train"], known, config), config, process, processes, config.epochs)
   steps = min(len(loader), config.max_steps or len(loader))
@@ -281,8 +285,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     del base
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
     state = _resume(manager, state, state_shardings, loader)
-    update = jax.jit(
-        functools.partial(train_step, config, model, tx), donate_argnums=0, out_shardings=(state_shardings, None))
+    # The wish to stop, a bool a row, is summed up by the step's own program: all processes read it with the metrics.
+    step = lambda state, batch, stop: (*train_step(config, model, tx, state, batch), jnp.any(stop))
+    update = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None, None))
     judge = jax.jit(functools.partial(eval_step, config, model))
     run_validation = lambda state: _evaluate(judge, state, (jax.tree.map(place, batch) for batch in validation))
     return _loop(config, workdir, manager, loader, steps, state, update, run_validation, place)
@@ -309,31 +314,36 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
 def _resume(
     manager: checkpoint.Checkpoints, state: TrainState, shardings: TrainState, loader: pipeline.Loader
 ) -> TrainState:
-  step = manager.latest_step()
-  if step is None:
-    return state
   abstract = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
       state.saved(), shardings.saved())
-  saved, iterator = manager.restore(step, abstract)
+  newest = manager.restore_newest(abstract)
+  if newest is None:
+    return state
+  step, saved, iterator = newest
   loader.set_state(iterator)
-  print(f"Resuming at step {step}.")
+  if jax.process_index() == 0:
+    print(f"Resuming at step {step}.")
   return state.replace(**saved)
 
 
 def _loop(config, workdir, manager, loader, steps, state, update, run_validation, place) -> dict[str, float]:
-  """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host."""
+  """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
+
+  SIGTERM on any process is in the next step's batch; the run stops after the step in whose metrics it is read.
+  """
   start, rate = int(state.step), learning_rate(config.optimizer, steps)
   first = jax.process_index() == 0
-  writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if first else None
-  stop = {"asked": False}
-  previous = signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
+  writer = events.Events(workdir / "tensorboard", start) if first else None
+  asked = {"stop": False}
+  previous = signal.signal(signal.SIGTERM, lambda *_: asked.update(stop=True))
   validated: dict[str, float] = {}
-  pending = None  # Step number and metrics not yet read.
+  pending = None  # Step number, metrics and wish to stop, not yet read.
+  stop = False  # As all processes know it.
   tokens, began = 0, time.perf_counter()
 
   def read(pending):
-    step, metrics = pending
+    step, metrics, stop = pending
     metrics = {name: float(value) for name, value in metrics.items()}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
       raise Diverged(
@@ -341,42 +351,49 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
           f"checkpoint is step {manager.latest_step()} in {manager.folder}. Lower optimizer.learning_rate, or look at "
           "the data of that step.")
     if writer:
-      for name, value in metrics.items():
-        writer.add_scalar(f"train/{name}", value, step)
-      writer.add_scalar("train/learning_rate", float(rate(step - 1)), step)
-    return metrics
+      writer.write({f"train/{name}": value for name, value in metrics.items()}, step)
+      writer.write({"train/learning_rate": float(rate(step - 1))}, step)
+    return metrics, bool(stop)
 
   try:
     with tqdm.tqdm(total=steps, initial=start, desc="train", unit="step", disable=not first) as bar:
       for step in range(start + 1, steps + 1):
         batch = next(loader)
         tokens += int(np.count_nonzero(batch["kinds"])) * jax.process_count()
-        state, metrics = update(state, jax.tree.map(place, batch))
+        wish = np.full(len(batch["label"]), asked["stop"])
+        state, metrics, wished = update(state, jax.tree.map(place, batch), place(wish))
         if pending is not None:
-          seen = read(pending)
+          seen, stop = read(pending)
           bar.set_postfix(
               loss=f"{seen['loss']:.3f}", cls=f"{seen['cls_accuracy']:.2f}",
               tok_s=f"{tokens / (time.perf_counter() - began):.0f}")
-        pending = (step, metrics)
+        pending = (step, metrics, wished)
         bar.update()
-        last = step == steps or stop["asked"]
+        last = step == steps or stop
         evaluate = last or (config.eval_every and step % config.eval_every == 0)
         if evaluate or step % config.save_every == 0:
-          read(pending)  # Nothing that is not finite is ever saved.
-          pending = None
-        if evaluate and not stop["asked"]:
+          stop = read(pending)[1] or stop  # Nothing that is not finite is ever saved.
+          pending, last = None, last or stop
+        if evaluate and not stop:
           validated = run_validation(state)
-          bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
-          for name, value in validated.items() if writer else ():
-            writer.add_scalar(f"validation/{name}", value, step)
+          if writer:
+            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
+            writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
         if last or step % config.save_every == 0:
-          manager.save(step, state.saved(), loader.get_state(), config, validated or None)
-        if stop["asked"]:
+          with cluster.together("saving"):
+            manager.save(step, state.saved(), loader.get_state(), config, validated or None, writer)
+        if stop:
           logging.warning("SIGTERM: saved step %d; the same command goes on from there.", step)
           break
+    with cluster.together("saving"):
+      manager.close()
+  except BaseException:
+    with contextlib.suppress(Exception):  # What went wrong first is what is said.
+      manager.close()
+    raise
   finally:
     signal.signal(signal.SIGTERM, previous)
     if writer:
-      writer.close()
-    manager.close()
+      with contextlib.suppress(OSError):  # All that belongs to a checkpoint is on the disk already.
+        writer.close()
   return validated

@@ -79,7 +79,8 @@ def finished(data, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
   config, workdir, validated = finished
-  assert {p.name for p in workdir.iterdir()} == {"config.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
+  assert {p.name for p in workdir.iterdir()} == {
+      "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
   assert checkpoint.read_config(workdir) == config
   assert set(validated) == {"lm_loss", "cls_loss", "cls_accuracy", "probe_loss", "probe_accuracy"}

@@ -2,7 +2,7 @@
 
 Those of malicious prompts are the harmful trajectories that probes learn from; those of benign prompts are
 self-distilled targets. They stay in a run's workdir as JSONL, a line a prompt, and are never committed. What is there
-already is not sampled again, so an interrupted step goes on where it stopped.
+already is not sampled again, so an interrupted step goes on where it stopped, and ends with the same rollouts.
 """
 
 from __future__ import annotations
@@ -36,16 +36,24 @@ def complete(
 ) -> None:
   """Samples what `path` lacks of `prompts` and appends it there.
 
+  A chunk of prompts that is there in part is sampled whole: a completion depends on its prompt's place among those that
+  are sampled with it.
+
   Args:
     sample: prompts -> token ids of one completion each.
   """
   path, known = pathlib.Path(path), read(path)
-  missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
   if path.exists():  # Ends the file at its last whole line.
     whole = path.read_text(encoding="utf-8").rpartition("\n")
-    path.write_text(whole[0] + whole[1], encoding="utf-8")
-  for start in range(0, len(missing), CHUNK):
-    chunk = missing[start : start + CHUNK]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(whole[0] + whole[1], encoding="utf-8")
+    unfinished.replace(path)
+  prompts = list(dict.fromkeys(prompts))
+  for start in range(0, len(prompts), CHUNK):
+    chunk = prompts[start : start + CHUNK]
+    if known.keys() >= set(chunk):
+      continue
     with path.open("a", encoding="utf-8") as file:
       for prompt, tokens in zip(chunk, sample(chunk)):
-        file.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
+        if prompt not in known:
+          file.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
