@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
@@ -97,7 +98,7 @@ def flops_of(jaxpr: Any, times: int = 1) -> float:
       repeat = times * equation.params["length"]
     elif name == "shard_map":
       repeat = times * equation.params["mesh"].size
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jaxprs_in_params(equation.params):
       total += flops_of(inner, repeat)
   return total
 

@@ -308,9 +308,9 @@ class LabelConfig:
 def paper_config(preset: str, *, model: str, weights: str, epochs: int) -> TrainConfig:
   """One of the paper's runs: "pretrain" and "paper" (SFT), or SFT as the "released" code has it.
 
-  Paper: cls_weight, the r's, epochs, the data. Released code: learning rate, weight decay, context, and for itself batch
-  size, r's and one epoch. Neither has probes or rollouts. An SFT run goes on from the pretraining run whose workdir is
-  `weights`.
+  Paper: cls_weight, the r's, epochs, the data. Released code: learning rate, weight decay, context, and for itself
+  batch size, r's and one epoch. Neither has probes or rollouts. An SFT run goes on from the pretraining run whose
+  workdir is `weights`.
 
   Args:
     epochs: of "paper".

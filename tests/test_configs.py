@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from saess_jax import train
+from saess_jax import sharding, train
 from saess_jax.config import EvalConfig, TrainConfig, from_config_dict, to_config_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -21,7 +21,7 @@ def test_config_file(path):
   config = from_config_dict(kind, values)
   assert to_config_dict(config) == values
   if kind is TrainConfig:
-    train.check(config)
+    train.check(config, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("main, flags, message", [

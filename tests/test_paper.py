@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import checkpoint, generate, train
+from saess_jax import checkpoint, generate, sharding, train
 from saess_jax.config import (
   DataConfig,
   LossConfig,
@@ -279,12 +279,14 @@ def test_presets(name, epochs):
   presets = {
       preset: from_config_dict(TrainConfig, get_config(preset)) for preset in ("pretrain", "paper", "released")}
   for config in presets.values():
-    train.check(config)
-    assert (config.model, config.data.batch_size, config.data.max_length) == (name, 72, 2048)
+    train.check(config, sharding.make_mesh(config.mesh))
+    assert (config.model, config.data.max_length) == (name, 2048)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-5, 0.1)
     assert not config.probes.per_sequence and not config.rollouts.enabled
   views = {preset: (c.safety.r1, c.safety.r2, c.safety.r3) for preset, c in presets.items()}
   assert views == {"pretrain": (10, 10, 10), "paper": (10, 10, 10), "released": (5, 15, 10)}
+  assert {preset: c.data.batch_size for preset, c in presets.items()} == {
+      "pretrain": 256, "paper": 256, "released": 72}
   assert {preset: c.epochs for preset, c in presets.items()} == {"pretrain": 1, "paper": epochs, "released": 1}
   weights = {preset: c.loss.cls_weight for preset, c in presets.items()}
   assert weights == {"pretrain": 0.01, "paper": 0.1, "released": 0.1}
