@@ -25,10 +25,12 @@ def get_config():
       data=DataConfig(
           max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
           max_length=160, max_response=24, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
-      rollouts=RolloutConfig(max_prompts=320, tokens=24, batch_size=64),
+      rollouts=RolloutConfig(max_prompts=640, tokens=24, batch_size=64),
       probes=ProbeConfig(min_window=1, benign_weight=6.0),
       loss=LossConfig(cls_weight=1.0),  # A few hundred steps: the signal has to be learned quickly.
       optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=20, weight_decay=0.01),
-      safety=SafetyConfig(threshold=0.35),  # Where misses and false alarms of the validation split balance.
+      # Windows beside the query tell more than windows alone (docs/results.md). The threshold is the highest at which
+      # at most a tenth of the validation split's malicious requests is answered.
+      safety=SafetyConfig(threshold=0.4, rule2_keeps_query=True),
       eval_every=0, save_every=1000, keep_last=1,
   ))

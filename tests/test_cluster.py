@@ -20,7 +20,7 @@ from saess_jax import checkpoint, cluster, train
 from saess_jax.config import MeshConfig, RolloutConfig
 
 # One process adds up a batch's rows in one sum, several add up parts: float32 rounding, grown over the steps by Adam,
-# which divides by the gradient's size. Measured: 3e-6 for losses near 5.
+# which divides by the gradient's size.
 TOLERANCE = 5e-5
 
 
