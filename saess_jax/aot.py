@@ -33,14 +33,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from saess_jax import config as config_lib
-from saess_jax import decode, losses, sharding, train
-from saess_jax import model as model_lib
+from saess_jax import decode, sharding, train
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
 
-PLATFORMS = ("tpu",)
 WHATS = ("train", "decode")
 
 
@@ -115,19 +113,38 @@ def _splash_flops(equation: Any) -> float:
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COLLECTIVE = re.compile(
-    r"= (?P<shape>\(?[^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+    r"= (?P<shape>\(?[a-z][^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\(")
 
 
 def collectives_of(hlo: str) -> dict[str, float]:
-  """Bytes that one device receives in each kind of collective, in the text of a compiled program; loop bodies once."""
+  """Bytes that one device sends in each kind of collective, in the text of a compiled program; loop bodies once.
+
+  The compiler cuts a collective that it overlaps with products into pieces: what has the same channel is one. A
+  reduce-scatter is an all-reduce in a computation of its own, "all-reduce-scatter".
+  """
   found: dict[str, float] = {}
-  for match in _COLLECTIVE.finditer(hlo):
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
-    sizes = [_SIZES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays]
-    # Of an asynchronous start's (operands, results) the results are the larger half of a gather.
-    size = max(sizes) if sizes else 0
-    # A ring's all-reduce sends every byte twice: once to be summed, once to be handed out.
-    found[match["kind"]] = found.get(match["kind"], 0.0) + size * (2 if match["kind"] == "all-reduce" else 1)
+  seen, computation = set(), ""
+  for line in hlo.splitlines():
+    if not line.startswith(" "):
+      computation = line
+    match = _COLLECTIVE.search(line)
+    if match is None:
+      continue
+    channel = re.search(r"channel_id=\d+", line)
+    name = channel[0] if channel else line
+    if name in seen:
+      continue
+    seen.add(name)
+    kind = match["kind"]
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+      kind = "reduce-scatter"
+    sizes = [_SIZES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])]
+    if match["start"]:  # (operands, results)
+      sizes = sizes[len(sizes) // 2:]
+    # A ring's all-reduce sends every byte twice: to be summed, and to be handed out.
+    found[kind] = found.get(kind, 0.0) + sum(sizes) * (2 if kind == "all-reduce" else 1)
   return found
 
 
@@ -196,14 +213,6 @@ def decode_program(
   return Program(loop, (params, abstract(asked), place(key, everywhere), abstract(settings), state))
 
 
-def _plain_loss(config, model, variables, batch, total):
-  """The same batch for a language model without a safety signal."""
-  hidden = model.apply(variables, batch["tokens"]).hidden
-  loss = losses.language_loss(
-      hidden, model_lib.output_head(variables["params"]), batch, total, config.loss, model.config.vocab_size)
-  return loss, {"loss": loss}
-
-
 def _per_layer(make: Any, layers: int) -> tuple[float, dict[str, float]]:
   """Bytes and collectives of a device for a program `make(n)` of n unrolled layers, carried on to `layers` of them."""
   costs = []
@@ -263,7 +272,7 @@ def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
     count = lambda config, shape, **how: flops_of(train_program(config, shape, mesh, **how).trace().jaxpr)
     flops = count(config, shape)
     useful = shape.replace(remat="none")
-    plain, with_cls = count(config, useful, loss_of=_plain_loss), count(without_probes, useful)
+    plain, with_cls = count(config, useful, loss_of=train.plain_loss), count(without_probes, useful)
     with_probes = count(config, useful)
   times = {
       "products": flops / mesh.size / chip.flops, "memory": moved / chip.hbm_bandwidth,

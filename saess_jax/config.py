@@ -74,6 +74,12 @@ PRESETS = types.MappingProxyType({
     "llama2_7b": ModelConfig(
         vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
         mlp_dim=11008, max_seq_len=4096, dtype="bfloat16", remat="full"),
+    "llama2_13b": ModelConfig(
+        vocab_size=32000, embed_dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128,
+        mlp_dim=13824, max_seq_len=4096, dtype="bfloat16", remat="full"),
+    "llama2_70b": ModelConfig(
+        vocab_size=32000, embed_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
+        mlp_dim=28672, max_seq_len=4096, dtype="bfloat16", remat="full"),
     "llama3_8b": ModelConfig(
         vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
         mlp_dim=14336, max_seq_len=8192, rope_theta=5e5, dtype="bfloat16", remat="full"),

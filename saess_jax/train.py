@@ -173,6 +173,16 @@ def loss_of_batch(
   return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size)
 
 
+def plain_loss(
+    config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """In place of `loss_of_batch`: the same batch for a language model without a safety signal, to compare with."""
+  hidden = model.apply(variables, batch["tokens"]).hidden
+  head = model_lib.output_head(variables["params"])
+  loss = losses.language_loss(hidden, head, batch, total, config.loss, model.config.vocab_size)
+  return loss, {"loss": loss}
+
+
 def _variables(trainable: Any, frozen: Any) -> Any:
   return {**trainable, "params": {**frozen["params"], **trainable["params"]}}
 
@@ -184,7 +194,7 @@ def train_step(
   """One update from one global batch, in `optimizer.accumulation` micro-batches. Pure; jit it with state donated.
 
   Args:
-    loss_of: another objective of `loss_of_batch`'s form, to compare with (a plain language model's, say).
+    loss_of: `plain_loss`, or an objective of your own of that form.
 
   Returns:
     The new state, and float32 scalars: the loss, its parts, accuracies, and the gradient's norm before clipping.

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import struct
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import checkpoint, decode, model, sharding, train
+from saess_jax import aot, checkpoint, decode, model, sharding, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -158,6 +160,43 @@ def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
   for name in metrics:
     np.testing.assert_allclose(packed_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), packed_trainable, trainable)
+
+
+def test_no_device_gathers_the_model_or_holds_all_logits(data):
+  """Shapes in a partitioned program are one device's: 8 rows over 4, 512 columns of the head over 2."""
+  config = small_config(
+      data, mesh=MeshConfig(2, 2, 2), model_overrides={"vocab_size": 500, "num_layers": 6, "remat": "full"})
+  mesh = sharding.make_mesh(config.mesh)
+  shape = train.config_of_training(config, config_lib.model_config(config.model, **config.model_overrides))
+  assert shape.vocab_padding == 12
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    hlo = aot.train_program(config, shape, mesh).compile().as_text()
+  gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", hlo)]
+  layer = shape.embed_dim * shape.mlp_dim // 2
+  assert gathered and max(map(math.prod, gathered)) <= max(layer, 512 // 2 * shape.embed_dim)
+  assert not any(dims[0] == shape.num_layers and len(dims) > 2 for dims in gathered)
+  losses_a_row = config.data.max_response + 1
+  assert f"f32[2,{losses_a_row},256]" in hlo and f"{losses_a_row},512]" not in hlo and f"[8,{losses_a_row}" not in hlo
+
+
+@pytest.mark.parametrize("master", ["float32", "bfloat16"])
+def test_bfloat16_compute_with_either_master_weights(data, master):
+  config = small_config(
+      data, mesh=ONE, model_overrides={"vocab_size": 260, "dtype": "bfloat16", "param_dtype": master})
+  metrics, trainable, state = first_step(config, jax.devices()[:1])
+  kernels = [leaf for leaf in jax.tree.leaves(trainable["params"]["layers"]) if leaf.ndim > 2]
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 2]
+  assert kernels and all(str(leaf.dtype) == master for leaf in kernels + moments)
+  assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_remat_changes_no_update(data, policy):
+  plain = small_config(data, mesh=ONE)
+  remat = dataclasses.replace(plain, model_overrides=plain.model_overrides | {"remat": policy})
+  _, one, _ = first_step(plain, jax.devices()[:1])
+  _, other, _ = first_step(remat, jax.devices()[:1])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
 
 def test_lora_trains_the_adapter_and_cls_alone(data):
