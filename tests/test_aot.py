@@ -37,7 +37,8 @@ def test_attention_counts_half_a_square(kernel):
   assert counted == (square if kernel == "splash" else 2 * square)  # A sequence of one block is not cut.
   loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32))
   counted = aot.flops_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q).jaxpr)
-  assert counted == ((1 + 1.5 + 2) * square if kernel == "splash" else (2 + 5) * square)
+  # The kernel's backward pass also has a product of a row each: the row sums of weights and cotangents.
+  assert counted == pytest.approx((1 + 1.5 + 2 if kernel == "splash" else 2 + 5) * square, rel=2e-3)
 
 
 def test_collectives_are_read_from_the_program():

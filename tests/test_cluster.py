@@ -102,6 +102,7 @@ def four(data, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow  # Four starts of a process on two cores.
 def test_four_processes_train_as_one(alone, four):
   expected, found = losses(alone), losses(four)
   assert found.keys() == expected.keys() and {step for _, step in found} == {1, 2, 3, 4, 5, 6}
@@ -111,6 +112,7 @@ def test_four_processes_train_as_one(alone, four):
   assert len(list((four / "tensorboard").iterdir())) == 1  # The first process's.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, MeshConfig(1, 2, 1), MeshConfig(2, 2, 2)])
 def test_what_four_processes_saved_is_restored_by_fewer_and_more_devices(data, four, tmp_path, mesh, monkeypatch):
   """Bit by bit: the checkpoint holds a checksum of every array, which is compared with what was restored."""
@@ -152,6 +154,7 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   assert losses(workdir) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_file_that_only_one_process_reads_is_damaged(data, tmp_path):
   """Both fall back to the step before, and end as if nothing had been."""
   workdir, harmed = tmp_path / "run", tmp_path / "harmed"

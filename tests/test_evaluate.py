@@ -220,7 +220,7 @@ def test_bad_config(config, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content, label, message", [
-    ("text,label\nhello,benign\n", "both", "no prompt column"),
+    ("words,label\nhello,benign\n", "both", "no prompt column"),
     ("prompt\nhello\n", "both", "no label"),
     ("prompt,label\n", "both", "empty"),
     ("prompt,label\nhello,benign\n", "malicious", "has no malicious rows"),

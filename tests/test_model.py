@@ -150,8 +150,9 @@ def test_no_gradient_reaches_frozen_layers(tiny_params, scan):
 
 def test_remat_changes_no_gradient(tiny_params):
   loss = lambda params, shape: jnp.sum(jnp.sin(apply(params, shape).logits))
-  plain, remat = (jax.grad(loss)(tiny_params, TINY.replace(remat=policy)) for policy in ("none", "full"))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, remat)
+  plain, *remat = (jax.grad(loss)(tiny_params, TINY.replace(remat=policy)) for policy in ("none", "dots", "full"))
+  for other in remat:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, other)
 
 
 @pytest.mark.parametrize("scan", [False, True])
