@@ -56,8 +56,8 @@ def claim_workdir(
     rows: of each split.
 
   Raises:
-    ValueError: it holds another run's config, or a run over other rows; the keys or splits that differ are named and
-      nothing is touched. Or a process beside the first does not find what the first wrote.
+    ValueError: it holds another run's config (the mesh apart), or a run over other rows; the keys or splits that
+      differ are named and nothing is touched. Or a process beside the first does not find what the first wrote.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
   path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
@@ -71,7 +71,9 @@ def claim_workdir(
     ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
     different = [
         f"{key} is {ours.get(key)!r} now and {theirs.get(key)!r} there"
-        for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        for key in sorted(ours.keys() | theirs.keys())
+        # A run goes on with whatever devices there are.
+        if ours.get(key) != theirs.get(key) and not key.startswith("mesh.")]
     if different:
       raise ValueError(
           f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "

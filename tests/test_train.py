@@ -103,6 +103,14 @@ def test_resumed_losses_are_bitwise_those_of_an_undisturbed_run(finished, tmp_pa
   assert all(resumed[key] == whole[key] for key in resumed)
 
 
+def test_a_run_goes_on_with_other_devices(finished, tmp_path):
+  config, workdir, validated = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+  again = train.train_and_evaluate(dataclasses.replace(config, mesh=MeshConfig(1, 4, 2)), tmp_path / "run")
+  assert again == pytest.approx(validated, abs=1e-4)
+
+
 def test_research_restore_decodes(finished):
   _, workdir, _ = finished
   llama, params, tokenizer, settings = checkpoint.load_for_research(workdir)
