@@ -32,8 +32,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from saess_jax import attention, decode, sharding, train
 from saess_jax import config as config_lib
-from saess_jax import decode, sharding, train
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
 from saess_jax.masks import TokenKind
@@ -76,8 +76,8 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     return CHIPS[name], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   except Exception as error:  # Whatever the plugin raises.
     raise ValueError(
-        f"No compiler for {topology}: {error}. Install libtpu (pip install libtpu), and check the topology's size."
-    ) from error
+        f"No compiler for {topology}: {error}. Install libtpu (pip install libtpu), check the topology's size, and let "
+        "any other process that uses libtpu end: it serves one at a time.") from error
 
 
 def flops_of(jaxpr: Any, times: int = 1) -> float:
@@ -184,8 +184,10 @@ def train_program(config: TrainConfig, shape: ModelConfig, mesh: Mesh, loss_of: 
 
 def decode_program(
     config: TrainConfig, shape: ModelConfig, mesh: Mesh, safety: SafetyConfig | None, batch: int, prompt: int,
-    tokens: int) -> Program:
-  """The jitted loop `decode.advance` on a state with a filled cache; weights over tensor, rows over data and fsdp."""
+    tokens: int, one_step: bool = False) -> Program:
+  """The jitted loop `decode.advance`, or one turn of it, on a state with a filled cache; weights over tensor, rows over
+  data and fsdp.
+  """
   model = Llama(shape)
   key = jax.eval_shape(lambda: jax.random.key(0))
   boxed = jax.eval_shape(model.init, key, np.zeros((1, 1), np.int32))["params"]
@@ -206,18 +208,42 @@ def decode_program(
   spread = lambda leaf: place(leaf, rows if leaf.ndim and leaf.shape[0] == batch else everywhere)
   state = jax.tree.map(spread, state).replace(
       cache=jax.tree.map(lambda leaf: place(leaf, cache_place), state.cache))
-  loop = jax.jit(
-      lambda params, prompt, rng, config, state: decode.advance(
-          model, params, prompt, rng, config, state, config.max_new_tokens), donate_argnums=4)
+  if one_step:
+    run = functools.partial(decode.step, model)
+  else:
+    run = lambda params, prompt, rng, config, state: decode.advance(
+        model, params, prompt, rng, config, state, config.max_new_tokens)
   abstract = lambda tree: jax.tree.map(lambda x: spread(jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))), tree)
-  return Program(loop, (params, abstract(asked), place(key, everywhere), abstract(settings), state))
+  keys = place(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)), rows)
+  return Program(
+      jax.jit(run, donate_argnums=4), (params, abstract(asked), keys, abstract(settings), state))
+
+
+def pass_program(program: Program, shape: ModelConfig, rows: int) -> Program:
+  """The pass over the layers in a decoding program's step, alone: the newest token's row (1), or [CLS]'s before it (2)."""
+  params, _, _, _, state = program.arguments
+  batch, slots = state.kinds.shape
+  where = state.kinds.sharding
+  abstract = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=where)
+  flag = abstract(dtype=bool)
+
+  def run(params, cache, tokens, kinds, positions, visible, refresh, slot):
+    step = attention.Step(slot=slot, visible=visible, refresh=refresh, sees_cls=refresh)
+    out = Llama(shape).apply(
+        {"params": params}, tokens, kinds=kinds, positions=positions, cache=cache, step=step)
+    return out.hidden[:, -1], out.cls_logit, out.cache
+
+  arguments = (
+      params, state.cache, *(abstract(rows) for _ in range(3)), abstract(rows, slots, dtype=bool), flag, state.step)
+  return Program(jax.jit(run, donate_argnums=1), arguments)
 
 
 def _per_layer(make: Any, layers: int) -> tuple[float, dict[str, float]]:
   """Bytes and collectives of a device for a program `make(n)` of n unrolled layers, carried on to `layers` of them."""
   costs = []
   for count in (1, 2):
-    compiled = make(count).compile()
+    # What is fetched ahead into memory on the chip would count thrice: read there, written, read again.
+    compiled = make(count).trace().lower().compile(compiler_options={"xla_msa_enable": False})
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     costs.append({"bytes": analysis["bytes accessed"], **collectives_of(compiled.as_text())})
@@ -289,8 +315,8 @@ def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
 def report_decode(config: TrainConfig, topology: str, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
   """Compiles the decoding loop for `topology`, with a verdict at every step and without a safety signal.
 
-  The loop's body holds the pass with the [CLS] rows and the one without them, of which a step runs one; what the
-  second moves is therefore taken off what the body with both does.
+  A step holds the pass with the [CLS] rows and the one without them and runs one of them, while the analysis counts
+  both. So its bytes are those of a step without a signal, the one pass exchanged for the other.
 
   Returns:
     fits, hbm_gb_per_device, hbm_limit_gb, hbm_parts, bytes_per_device (of a step with a verdict),
@@ -301,14 +327,16 @@ def report_decode(config: TrainConfig, topology: str, batch: int, prompt: int, t
   shape = config_lib.model_config(config.model, **config.model_overrides).replace(
       scan_layers=False, remat="none", param_dtype="bfloat16")
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    make = lambda safety: lambda layers: decode_program(
-        config, shape.replace(num_layers=layers), mesh, safety, batch, prompt, tokens)
-    each = make(config.safety)(shape.num_layers)
+    make = lambda layers, safety, **how: decode_program(
+        config, shape.replace(num_layers=layers), mesh, safety, batch, prompt, tokens, **how)
+    each = make(shape.num_layers, config.safety)
     memory = _memory(each, {"weights": _bytes(each.arguments[0]), "kv cache": _bytes(each.arguments[-1].cache)})
-    with_verdict, _ = _per_layer(make(config.safety), shape.num_layers)
-    without, _ = _per_layer(make(None), shape.num_layers)
-    rest, _ = _per_layer(make(None), 0)  # The head and the sampling: in each body once.
-  step = with_verdict - (without - rest)
+    one_step = lambda layers: make(layers, None, one_step=True)
+    without, _ = _per_layer(one_step, shape.num_layers)
+    token, both = (
+        _per_layer(lambda layers, rows=rows: pass_program(
+            one_step(layers), shape.replace(num_layers=layers), rows), shape.num_layers)[0] for rows in (1, 2))
+  step = without - token + both
   return {
       "fits": not memory.pop("over") and memory["hbm_gb_per_device"] <= chip.hbm / 2**30,
       "hbm_limit_gb": chip.hbm / 2**30, **memory, "bytes_per_device": step,

@@ -181,4 +181,8 @@ def attend_step(
 
   cache = LayerCache(k=write(cache.k, k, 3), v=write(cache.v, v, 2))
   see_cls = jnp.stack([jnp.ones_like(step.sees_cls), step.sees_cls], axis=1)[:, -rows:, None]
-  return attend_rows(q, cache.k, cache.v, jnp.concatenate([see_cls, step.visible], axis=-1)), cache
+  visible = jnp.concatenate([see_cls, step.visible], axis=-1)
+  if rows == 1 and flash.platform() == "tpu":
+    # There a product of one row becomes a sum, whose result is padded to many times its size; of two rows it does not.
+    q, visible = (jnp.repeat(x, 2, axis=1) for x in (q, visible))
+  return attend_rows(q, cache.k, cache.v, visible)[:, -rows:], cache

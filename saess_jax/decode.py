@@ -280,7 +280,7 @@ def advance(
   prompt, config = jax.tree.map(jnp.asarray, (prompt, config))
   keys, until = _keys(rng, prompt), jnp.minimum(until, config.buffer)
   running = lambda s: (s.step < until) & ~jnp.all(s.done)
-  return jax.lax.while_loop(running, lambda s: _step(model, params, prompt, keys, config, s), state)
+  return jax.lax.while_loop(running, lambda s: step(model, params, prompt, keys, config, s), state)
 
 
 def finish(state: LoopState) -> DecodeResult:
@@ -299,8 +299,11 @@ def _keys(rng: jax.Array, prompt: Prompt) -> jax.Array:
   return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(rows)
 
 
-def _step(model, params, prompt, keys, config, s: LoopState) -> LoopState:
-  """Processes the chosen token: append, judge, cut, choose the next."""
+def step(
+    model: Llama, params: Params, prompt: Prompt, keys: jax.Array, config: DecodeConfig, s: LoopState) -> LoopState:
+  """One turn of the loop: the chosen token of every row is appended and judged, what is to be cut is cut, and the next
+  one is chosen. Arguments as `decode`, with one key a row.
+  """
   length = prompt.tokens.shape[1]
   slot, t, alive = length + s.step, s.count, ~s.done
   kinds = s.kinds.at[:, slot].set(jnp.where(alive, TokenKind.RESPONSE, TokenKind.PAD))

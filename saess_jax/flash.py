@@ -47,7 +47,7 @@ def causal_attention(
     raise ValueError(f"attention is {kernel!r}; expected one of {', '.join(KERNELS)}.")
   runs_on_cudnn = q.dtype == jnp.bfloat16 and segments is None
   if kernel == "auto":
-    kernel = {"tpu": "splash", "gpu": "cudnn" if runs_on_cudnn else "chunked"}.get(_platform(), "chunked")
+    kernel = {"tpu": "splash", "gpu": "cudnn" if runs_on_cudnn else "chunked"}.get(platform(), "chunked")
   if kernel == "cudnn":
     if not runs_on_cudnn:
       raise ValueError(
@@ -59,7 +59,7 @@ def causal_attention(
   return (_splash if kernel == "splash" else _chunked)(q, k, v, window, segments)
 
 
-def _platform() -> str:
+def platform() -> str:
   """Where the program will run: the mesh's platform (a TPU's, when compiling for one elsewhere), or the default one."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
@@ -214,7 +214,7 @@ def _splash(q, k, v, window, segments):
   def local(q, k, v, segments):
     kernel = splash.make_splash_mha(
         splash.splash_attention_mask.MultiHeadMask([causal] * q.shape[1]), block_sizes=sizes, head_shards=1,
-        q_seq_shards=1, interpret=_platform() == "cpu")
+        q_seq_shards=1, interpret=platform() == "cpu")
     return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments, segments)))(
         q, k, v, segments)
 
