@@ -2,6 +2,7 @@
 
   python benchmarks/train.py             all of it; needs torch, for the rival
   python benchmarks/train.py --quick     one shape, fewer rounds, no growth
+  python benchmarks/train.py --tunix     with Tunix's trainer as another rival (pip install google-tunix)
 
 All contestants run in one process, in turn, round after round; a figure is the median over the rounds, a ratio the
 median of the rounds' ratios. A turn is two steps, of which the second counts: the first also pays for the memory that
@@ -124,17 +125,52 @@ class Torch:
     return time.perf_counter() - began
 
 
-def measure(ours: Ours, rival: Torch, tokenizer: Any, size: int, length: int, names: list[str], rounds: int):
+class Tunix:
+  """The same step by Tunix's SFT trainer: its Llama of SmolLM2's shape, random weights, clipping and optax's AdamW."""
+
+  def __init__(self, shape):
+    import optax
+    from flax import nnx
+    from tunix.models.llama3 import model as llama3
+    from tunix.sft import peft_trainer
+    model = llama3.Llama3(llama3.ModelConfig(
+        num_layers=shape.num_layers, vocab_size=shape.vocab_size, embed_dim=shape.embed_dim, hidden_dim=shape.mlp_dim,
+        num_heads=shape.num_heads, head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads,
+        rope_theta=int(shape.rope_theta), norm_eps=shape.norm_eps, weight_tying=True), rngs=nnx.Rngs(0))
+    c = CONFIG.optimizer
+    trainer = peft_trainer.PeftTrainer(
+        model, optax.chain(
+            optax.clip_by_global_norm(c.clip_norm),
+            optax.adamw(c.learning_rate, c.b1, c.b2, weight_decay=c.weight_decay)),
+        peft_trainer.TrainingConfig(eval_every_n_steps=10**6))
+    self._step = trainer.with_gen_model_input_fn(lambda batch: batch).jit_train_and_eval_step(cache_nnx_graph=True)[0]
+
+  def seconds(self, batch: dict[str, np.ndarray]) -> float:
+    tokens = batch["tokens"]
+    size, length = tokens.shape
+    causal = np.broadcast_to(np.tril(np.ones((length, length), bool)), (size, length, length))
+    inputs = {
+        "input_tokens": tokens, "input_mask": np.ones_like(tokens), "attention_mask": causal,
+        "positions": np.broadcast_to(np.arange(length), tokens.shape)}
+    began = time.perf_counter()
+    loss = float(self._step(inputs)[0])
+    if not np.isfinite(loss):
+      raise RuntimeError(f"Tunix's loss is {loss}; the benchmark does not measure what it says.")
+    return time.perf_counter() - began
+
+
+def measure(
+    ours: Ours, rivals: dict[str, Any], tokenizer: Any, size: int, length: int, names: list[str], rounds: int):
   """Tokens a second of each contestant, and their ratios."""
   batch = make_batch(tokenizer, size, length)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     compiled = dict(zip(names, pool.map(functools.partial(ours.compile, batch), names)))
-  contestants = compiled | {"torch": functools.partial(rival.seconds, batch)}
+  contestants = compiled | {name: functools.partial(rival.seconds, batch) for name, rival in rivals.items()}
   second = lambda step: lambda: (step(), step())[1]
   times = compare({name: second(step) for name, step in contestants.items()}, 1 + rounds)
   times = {name: series[1:] for name, series in times.items()}  # Behind a round that warms up.
   found = {f"tokens_per_second_{name}": round(size * length / float(np.median(t)), 1) for name, t in times.items()}
-  found["vs_torch"] = ratio(times, "torch", "plain")
+  found |= {f"vs_{name}": ratio(times, name, "plain") for name in rivals}
   if "cls" in times:
     found |= {"cls_overhead": round(ratio(times, "cls", "plain") - 1, 3),
               "probe_overhead": round(ratio(times, "probes", "cls") - 1, 3)}
@@ -146,13 +182,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Measures the training step.")
   parser.add_argument("--quick", action="store_true", help="one shape, fewer rounds, no growth")
   parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+  parser.add_argument("--tunix", action="store_true", help="beside Tunix's trainer too, which has to be installed")
   options = parser.parse_args()
   plan = QUICK if options.quick else Plan()
   shape, base, tokenizer = checkpoint.load_base(CONFIG)
-  ours, rival = Ours(shape, base), Torch(checkpoint.hf.load_pretrained(CONFIG.weights))
-  found = measure(ours, rival, tokenizer, *plan.shape, ["plain", "cls", "probes"], plan.rounds)
+  ours, rivals = Ours(shape, base), {"torch": Torch(checkpoint.hf.load_pretrained(CONFIG.weights))}
+  if options.tunix:
+    rivals["tunix"] = Tunix(shape)
+  found = measure(ours, rivals, tokenizer, *plan.shape, ["plain", "cls", "probes"], plan.rounds)
   for size, length in plan.growth:
-    measure(ours, rival, tokenizer, size, length, ["plain"], 3)
+    measure(ours, rivals, tokenizer, size, length, ["plain"], 3)
   if options.json:
     print(json.dumps({name: found[name] for name in ("vs_torch", "cls_overhead", "probe_overhead")}))
 

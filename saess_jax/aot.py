@@ -39,8 +39,6 @@ from saess_jax.data import pipeline
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
 
-WHATS = ("train", "decode")
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -220,7 +218,7 @@ def decode_program(
 
 
 def pass_program(program: Program, shape: ModelConfig, rows: int) -> Program:
-  """The pass over the layers in a decoding program's step, alone: the newest token's row (1), or [CLS]'s before it (2)."""
+  """The pass over the layers in a decoding program's step, alone: the newest token's row, or (2) [CLS]'s before it."""
   params, _, _, _, state = program.arguments
   batch, slots = state.kinds.shape
   where = state.kinds.sharding
@@ -343,29 +341,28 @@ def report_decode(config: TrainConfig, topology: str, batch: int, prompt: int, t
       "step_seconds_bound": step / chip.hbm_bandwidth, "bytes_ratio_each_vs_off": step / without}
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A training config under configs/.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "CHIP:AxB (v5e, v6e) or CHIP:AxBxC (v4, v5p).")
-_WHAT = flags.DEFINE_enum("what", "train", WHATS, "The training step, or the decoding loop.")
-_JSON = flags.DEFINE_bool("json", False, "One JSON object as the last line.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Decoding: rows.", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt", 512, "Decoding: stored tokens of the prompt.", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 512, "Decoding: response slots.", lower_bound=1)
-
-
 def main(argv):
   del argv
-  config = config_lib.from_config_dict(TrainConfig, _CONFIG.value)
-  if _WHAT.value == "train":
-    report = report_train(config, _TOPOLOGY.value)
+  given = flags.FLAGS
+  config = config_lib.from_config_dict(TrainConfig, given.config)
+  if given.what == "train":
+    report = report_train(config, given.topology)
   else:
-    report = report_decode(config, _TOPOLOGY.value, _BATCH.value, _PROMPT.value, _TOKENS.value)
+    report = report_decode(config, given.topology, given.batch, given.prompt, given.tokens)
   for name, value in report.items():
     print(f"{name:28}", {k: float(f"{v:.4g}") for k, v in value.items()} if isinstance(value, dict)
           else f"{value:.4g}" if isinstance(value, float) else value)
-  if _JSON.value:
+  if given.json:
     print(json.dumps(report))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # Flags are the process's: whoever imports this module has his own.
+  config_flags.DEFINE_config_file("config", None, "A training config under configs/.", lock_config=True)
+  flags.DEFINE_string("topology", "v5e:16x16", "CHIP:AxB (v5e, v6e) or CHIP:AxBxC (v4, v5p).")
+  flags.DEFINE_enum("what", "train", ["train", "decode"], "The training step, or the decoding loop.")
+  flags.DEFINE_bool("json", False, "One JSON object as the last line.")
+  flags.DEFINE_integer("batch", 8, "Decoding: rows.", lower_bound=1)
+  flags.DEFINE_integer("prompt", 512, "Decoding: stored tokens of the prompt.", lower_bound=1)
+  flags.DEFINE_integer("tokens", 512, "Decoding: response slots.", lower_bound=1)
   flags.mark_flags_as_required(["config"])
   app.run(main)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, multihost
 
 from saess_jax import adapters, cluster, events, hf
 from saess_jax import config as config_lib
@@ -137,9 +137,11 @@ class Checkpoints:
     self._handlers = {
         "state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler(),
         "iterator": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(best_fn=accuracy, preservation_policy=keep.AnyPreservationPolicy([
-        keep.LatestN(keep_last),
-        keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)]))
+    options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others), best_fn=accuracy,
+        preservation_policy=keep.AnyPreservationPolicy([
+            keep.LatestN(keep_last),
+            keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)]))
     self._manager = ocp.CheckpointManager(self.folder, item_handlers=self._handlers, options=options)
 
   def _drop_damaged_metrics(self) -> None:
@@ -288,6 +290,16 @@ class Checkpoints:
       raise self._failure(self._writing, error) from None
     finally:
       self._manager.close()
+
+
+def _wait_for_others(key: str, timeout_ms: int) -> None:
+  """Orbax's barrier between the processes that write a checkpoint, for those whose own part went well.
+
+  On its way out of an error orbax waits too, for others that wait for this process elsewhere: 20 minutes on both sides.
+  A process that fails at once is missed by jax's coordination service, which ends the others.
+  """
+  if sys.exc_info()[1] is None:
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 @contextlib.contextmanager

@@ -390,13 +390,11 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
             writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
         if last or step % config.save_every == 0:
-          with cluster.together("saving"):
-            manager.save(step, state.saved(), loader.get_state(), config, validated or None, writer)
+          manager.save(step, state.saved(), loader.get_state(), config, validated or None, writer)
         if stop:
           logging.warning("SIGTERM: saved step %d; the same command goes on from there.", step)
           break
-    with cluster.together("saving"):
-      manager.close()
+    manager.close()
   except BaseException:
     with contextlib.suppress(Exception):  # What went wrong first is what is said.
       manager.close()

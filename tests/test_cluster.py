@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import http.server
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -45,8 +46,10 @@ def compiled(tmp_path_factory):
     yield
 
 
-def launch(config, workdir, count, envs=({},)):
-  """`count` processes of train.py; `envs` are added to their environments in turn."""
+def launch(config, workdir, count, envs=({},), file_bytes=()):
+  """`count` processes of train.py; `envs` are added to their environments in turn. The first may write files of
+  `file_bytes[0]` at most, and so on.
+  """
   file = workdir.parent / f"{workdir.name}.py"
   file.write_text(
       "from saess_jax import config\n"
@@ -65,6 +68,8 @@ def launch(config, workdir, count, envs=({},)):
     runs.append(subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--config", file, "--workdir", workdir], cwd=ROOT,
         env=env | envs[index % len(envs)], stdout=(workdir.parent / f"{workdir.name}.{index}.log").open("w"),
+        preexec_fn=functools.partial(
+            resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes[index],) * 2) if file_bytes else None,
         stderr=subprocess.STDOUT))
   return runs
 
@@ -167,6 +172,18 @@ def test_a_file_that_only_one_process_reads_is_damaged(data, tmp_path):
   assert "Process 1 of 2 failed while reading" in output[0] and "going on from step 3." in output[0]
   assert losses(harmed) == losses(workdir)
   assert (harmed / "checkpoints" / "6.damaged").exists()
+
+
+@pytest.mark.slow  # Two minutes, most of them until the first process is told.
+def test_one_process_that_cannot_write_its_part_ends_all(data, tmp_path):
+  """Orbax alone would let both wait for each other for twenty minutes."""
+  workdir = tmp_path / "run"
+  codes, output = finish(launch(config_of(data), workdir, 2, file_bytes=(resource.RLIM_INFINITY, 2**16)), workdir)
+  assert codes[0] and codes[1] == 1
+  assert "SaveFailed: Checkpoint 3 could not be written" in output[1] and "File too large" in output[1]
+  assert "another task died" in output[0]
+  codes, output = finish(launch(config_of(data), workdir, 2), workdir)
+  assert codes == [0, 0], output
 
 
 def script(code, envs):
