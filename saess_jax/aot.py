@@ -19,7 +19,9 @@ import functools
 import json
 import math
 import os
+import pathlib
 import re
+import tempfile
 from typing import Any
 
 import flax.linen as nn
@@ -240,11 +242,14 @@ def _per_layer(make: Any, layers: int) -> tuple[float, dict[str, float]]:
   """Bytes and collectives of a device for a program `make(n)` of n unrolled layers, carried on to `layers` of them."""
   costs = []
   for count in (1, 2):
-    # What is fetched ahead into memory on the chip would count thrice: read there, written, read again.
-    compiled = make(count).trace().lower().compile(compiler_options={"xla_msa_enable": False})
-    analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    costs.append({"bytes": analysis["bytes accessed"], **collectives_of(compiled.as_text())})
+    with tempfile.TemporaryDirectory() as dump:
+      compiled = make(count).trace().lower().compile(compiler_options={
+          # What is fetched ahead into memory on the chip would count thrice: read there, written, read again.
+          "xla_msa_enable": False,
+          # `compiled.as_text()` stumbles over what v5p and v6e have their sparse cores do.
+          "xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+      hlo, = pathlib.Path(dump).glob("*.after_optimizations.txt")
+      costs.append({"bytes": compiled.cost_analysis()["bytes accessed"], **collectives_of(hlo.read_text())})
   one, two = costs
   total = {
       name: one.get(name, 0.0) + (layers - 1) * (two.get(name, 0.0) - one.get(name, 0.0)) for name in one | two}
