@@ -43,11 +43,13 @@ class Models:
   Attributes:
     identity: says which weights these are, so that an evaluation is not resumed with others.
     generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
+    weights: model -> what a white-box attacker reads.
     safety: what "saess" decodes by.
   """
 
   identity: str
   generator: Callable[[str, int], Any]
+  weights: Callable[[str], attacks_lib.Weights]
   safety: SafetyConfig
 
 
@@ -70,21 +72,23 @@ def load_models(config: EvalConfig) -> Models:
   if step is None:
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
   written = datetime.datetime.fromtimestamp((checkpoints.folder / str(step)).stat().st_mtime)  # A new run in its place?
-  loaded = {}
+
+  @functools.cache
+  def weights(name: str) -> attacks_lib.Weights:
+    if name == "base":
+      shape, params, tokenizer = checkpoint.load_base(trained)
+      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, trained.data.system_prompt)
+    return attacks_lib.Weights(
+        *checkpoint.load_for_research(config.checkpoint, step)[:3], safety, trained.data.system_prompt)
 
   @functools.cache  # A generator keeps what it has compiled.
   def generator(name: str, max_new_tokens: int) -> generate.Generator:
-    if name not in loaded:
-      if name == "base":
-        shape, params, tokenizer = checkpoint.load_base(trained)
-        loaded[name] = Llama(shape), params, tokenizer
-      else:
-        loaded[name] = checkpoint.load_for_research(config.checkpoint, step)[:3]
+    asked = weights(name)
     return generate.Generator(
-        *loaded[name], safety=safety if name == "saess" else None, max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size, system_prompt=trained.data.system_prompt, seed=config.seed)
+        asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
+        batch_size=config.batch_size, system_prompt=asked.system_prompt, seed=config.seed)
 
-  return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator, safety)
+  return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator, weights, safety)
 
 
 def evaluate(

@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,8 +109,9 @@ class Generator:
     self._decode, self._start, self._advance = _jitted(model)
 
   def respond(
-      self, prompts: list[str], prefixes: list[str] | None = None, max_new_tokens: int | None = None, progress: str = ""
-  ) -> list[Response]:
+      self, prompts: Sequence[chat.Messages], prefixes: Sequence[str] | None = None,
+      max_new_tokens: int | None = None, progress: str = "", sampling: SamplingConfig | None = None,
+      places: Sequence[int] | None = None) -> list[Response]:
     """Answers every prompt, in order.
 
     Args:
@@ -118,6 +119,8 @@ class Generator:
       prefixes: what each response must begin with (a prefill attack); none by default.
       max_new_tokens: fewer than the generator was made for; compiles nothing new.
       progress: a label for a progress bar; "" shows none.
+      sampling: in place of the generator's own; compiles nothing new.
+      places: numbers that tell the prompts' draws apart; their order by default.
 
     Raises:
       ValueError: a prompt that with its response exceeds the model's context, or more new tokens than there is room.
@@ -126,6 +129,7 @@ class Generator:
     if not 0 < limit <= self._max_new_tokens:
       raise ValueError(f"max_new_tokens is {limit}; this generator was made for 1 to {self._max_new_tokens}.")
     prefixes = [""] * len(prompts) if prefixes is None else prefixes
+    places = range(len(prompts)) if places is None else places
     rows, forced = self._encode(prompts, prefixes)
     # Neighbours of like length share a batch, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda i: (len(forced[i]), len(rows[i][0])))
@@ -133,7 +137,9 @@ class Generator:
     with tqdm.tqdm(total=len(prompts), desc=progress, unit="prompt", disable=not progress) as bar:
       for at in range(0, len(order), self._batch_size):
         chosen = order[at : at + self._batch_size]
-        batch = self._batch([rows[i] for i in chosen], [forced[i] for i in chosen], chosen, limit)
+        batch = self._batch(
+            [rows[i] for i in chosen], [forced[i] for i in chosen], [places[i] for i in chosen], limit,
+            self._sampling if sampling is None else sampling)
         for i, response in zip(chosen, batch):
           responses[i] = response
         bar.update(len(chosen))
@@ -154,7 +160,7 @@ class Generator:
     """
     if chunk < 1:
       raise ValueError(f"chunk is {chunk}; expected 1 or more.")
-    inputs = self._inputs(*self._encode([prompt], [prefix]), [0], self._max_new_tokens)
+    inputs = self._inputs(*self._encode([prompt], [prefix]), [0], self._max_new_tokens, self._sampling)
     state = self._start(self._params, *inputs)
     text, count = "", 0
     while True:
@@ -201,23 +207,24 @@ class Generator:
             "Shorten the prompt or max_new_tokens.")
     return rows, forced
 
-  def _batch(self, rows, forced, indices, limit) -> list[Response]:
+  def _batch(self, rows, forced, places, limit, sampling) -> list[Response]:
     # Few shapes are compiled: of batches, and of prefixes, where a prefill attack has more than one length.
     fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)
     inputs = self._inputs(
-        rows + rows[:1] * fill, forced + forced[:1] * fill, [*indices, *indices[:1] * fill], limit)
+        rows + rows[:1] * fill, forced + forced[:1] * fill, [*places, *places[:1] * fill], limit, sampling)
     result = jax.device_get(self._decode(self._params, *inputs))
     return [self._read(result, row, forced[row], limit) for row in range(len(rows))]
 
-  def _inputs(self, rows, forced, indices, limit) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:
+  def _inputs(
+      self, rows, forced, places, limit, sampling) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:
     room = -(-max(map(len, forced)) // 64) * 64
     prompt = decode_lib.pad_prompts(rows, forced, prefix_length=room)
     extra = 0 if self._safety is None else int(self._safety.tau)
     buffer = -(-(room + self._max_new_tokens + extra) // 32) * 32
-    config = decode_lib.decode_config(self.tokenizer, self._safety, self._sampling, limit, buffer)
+    config = decode_lib.decode_config(self.tokenizer, self._safety, sampling, limit, buffer)
     decode_lib.check(self._vocab_size, prompt, config)
     root = jax.random.key(self._seed)
-    return prompt, jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(indices)), config
+    return prompt, jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(places)), config
 
   def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int], limit: int) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from saess_jax.attacks.base import Attack, Attempt, Target
+from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
 
-__all__ = ["ATTACKS", "Attack", "Attempt", "Target", "make_attack"]
+__all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
 
 # A name, with N for a number of at least 1 -> what makes the attack, given that number if there is one.
 ATTACKS = {"direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn}

@@ -1,4 +1,4 @@
-"""What an attack is: it turns behaviors into attempts, and says what that cost."""
+"""What an attack is: it turns behaviors into attempts, and says what they cost."""
 
 from __future__ import annotations
 
@@ -7,43 +7,78 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from saess_jax.config import SafetyConfig
+from saess_jax.data.chat import Messages
+from saess_jax.model import Llama, Params
+from saess_jax.sampling import SamplingConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
   """What is sent to a model in the place of one behavior.
 
   Attributes:
-    prompt: the user's turn.
+    prompt: the user's turn, or a chat that ends with one.
     prefix: what the response is made to begin with; "" nothing.
-    queries, tokens: the attack's budget for this behavior: base-model calls and the tokens they generated.
+    sampling: how the response is drawn, where the attacker chooses it; greedy by default.
+    variant: which of an attack's several attempts at a behavior this is, in words; "" where there is one.
+    queries, tokens: the attack's budget for this attempt: calls of a model (of any kind: a gradient is one) and the
+      tokens that it generated.
   """
 
-  prompt: str
+  prompt: Messages
   prefix: str = ""
+  sampling: SamplingConfig = SamplingConfig()
+  variant: str = ""
   queries: int = 0
   tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
+class Weights:
+  """A model laid open: what `decode` and gradients need. `safety` is None where nothing intervenes (the base model)."""
+
+  model: Llama
+  params: Params
+  tokenizer: Any
+  safety: SafetyConfig | None
+  system_prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
-  """What an attacker may use. The defended model is not part of it: these attacks are transferred to it.
+  """What an attacker may use.
 
   Attributes:
-    tokenizer: of the models.
-    query_base: (prompts, max_new_tokens) -> a `generate.Response` for each, from the unprotected base model.
+    victim: the model to be attacked, "base" or "saess"; what an attack that is not adaptive does must not depend on it.
+    tokenizer: of both models.
+    query: (model, prompts, max_new_tokens) -> a `generate.Response` for each, decoded greedily, with its defence if it
+      has one.
+    weights: model -> all of it, for white-box attacks.
     seed: for whatever an attack draws.
   """
 
+  victim: str
   tokenizer: Any
-  query_base: Callable[[Sequence[str], int], list[Any]]
+  query: Callable[[str, Sequence[Messages], int], list[Any]]
+  weights: Callable[[str], Weights]
   seed: int = 0
 
 
 class Attack(abc.ABC):
-  """`name` stands in the `method` column of all results and must tell its settings."""
+  """A way to attack, with its settings.
+
+  Attributes:
+    name: stands in the `method` column of all results and tells the settings.
+    adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
+  """
 
   name: str
+  adaptive: bool = False
 
   @abc.abstractmethod
-  def attempts(self, behaviors: Sequence[str], target: Target) -> list[Attempt]:
-    """One attempt a behavior, in order; the same for the same behaviors and seed."""
+  def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
+    """The attempts at each behavior, in order, at least one; the attack succeeds if any of them does.
+
+    The same for the same behavior and seed, whatever the other behaviors are: a run that was interrupted goes on.
+    """

@@ -10,6 +10,6 @@ from saess_jax.attacks.base import Attack, Attempt, Target
 class Direct(Attack):
   name = "direct"
 
-  def attempts(self, behaviors: Sequence[str], target: Target) -> list[Attempt]:
+  def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     del target
-    return [Attempt(behavior) for behavior in behaviors]
+    return [[Attempt(behavior)] for behavior in behaviors]

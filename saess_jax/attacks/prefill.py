@@ -42,9 +42,9 @@ class Prefill(Attack):
   def __init__(self, tokens: int):
     self.tokens, self.name = tokens, f"prefill_{tokens}"
 
-  def attempts(self, behaviors: Sequence[str], target: Target) -> list[Attempt]:
+  def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """Raises ValueError where no opener is long enough."""
-    return [Attempt(behavior, self._opener(behavior, target)) for behavior in behaviors]
+    return [[Attempt(behavior, self._opener(behavior, target))] for behavior in behaviors]
 
   def _opener(self, behavior: str, target: Target) -> str:
     draw = int.from_bytes(hashlib.sha256(f"{target.seed}\n{behavior}".encode()).digest()[:8], "big")
@@ -65,11 +65,11 @@ class PrefillOwn(Attack):
   def __init__(self, tokens: int):
     self.tokens, self.name = tokens, f"prefill_own_{tokens}"
 
-  def attempts(self, behaviors: Sequence[str], target: Target) -> list[Attempt]:
-    responses = target.query_base(behaviors, self.tokens)
+  def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
+    responses = target.query("base", behaviors, self.tokens)
     return [
-        Attempt(
-            behavior, cut(target.tokenizer, response.generated, self.tokens), queries=1, tokens=len(response.tokens))
+        [Attempt(
+            behavior, cut(target.tokenizer, response.generated, self.tokens), queries=1, tokens=len(response.tokens))]
         for behavior, response in zip(behaviors, responses, strict=True)]
 
 
