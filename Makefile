@@ -16,7 +16,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: $(BIN)/.saess-runtime
 	$(BIN)/python train.py --config configs/demo.py --workdir $(RUN)
-	$(BIN)/python eval.py --config configs/eval_demo.py --config.checkpoint $(RUN) --workdir $(RUN)/eval
+	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(RUN) --workdir $(RUN)/eval
 
 test: $(BIN)/.saess-dev
 	$(BIN)/python -m pytest -n 2

@@ -1,12 +1,14 @@
 """Attacks a trained model and its base, and writes rows, metrics and an HTML report.
 
-  python eval.py --config configs/eval_embedded.py --config.checkpoint=RUN --workdir OUT
+  python eval.py --config configs/eval_embedded.py --checkpoint RUN --workdir OUT
+  python eval.py --config configs/eval_full.py --config.suites=file:prompts.csv --checkpoint RUN --workdir OUT
 
 Kept short so that the logic can be imported and tested: see `saess_jax.evaluate` and `saess_jax.report`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 from absl import app, flags, logging
@@ -17,6 +19,7 @@ from saess_jax import evaluate, report
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/ that returns an EvalConfig; --config.KEY=VALUE overrides.", lock_config=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run; short for --config.checkpoint.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; an interrupted evaluation there is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -26,9 +29,12 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
-  metrics = evaluate.evaluate(config_lib.from_config_dict(config_lib.EvalConfig, _CONFIG.value), _WORKDIR.value)
+  config = config_lib.from_config_dict(config_lib.EvalConfig, _CONFIG.value)
+  if _CHECKPOINT.value is not None:
+    config = dataclasses.replace(config, checkpoint=_CHECKPOINT.value)
+  metrics = evaluate.evaluate(config, _WORKDIR.value)
   path = pathlib.Path(_WORKDIR.value).expanduser() / "report.html"
-  report.write_report(metrics, evaluate.read_results(_WORKDIR.value), path)
+  report.write_report(metrics, evaluate.read_results(_WORKDIR.value, config.judges), path)
   print(f"Report: {path}")
 
 

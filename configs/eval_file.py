@@ -1,6 +1,7 @@
-"""Your own prompts: `--config.source=prompts.csv`, a CSV or JSONL file with a prompt, goal, behavior, ... column.
+"""Your own prompts: `--config.suites=file:prompts.csv`, a CSV or JSONL file with a prompt, goal, behavior, ... column.
 
-A `label` column (malicious or benign) is used where there is one; else say what all rows are with `--config.label`.
+A label column (malicious or benign) is used where there is one; without it all rows count as malicious, or as benign in
+`benign:prompts.csv`.
 """
 
 from saess_jax.config import EvalConfig, to_config_dict
@@ -8,7 +9,5 @@ from saess_jax.config import EvalConfig, to_config_dict
 
 def get_config():
   return to_config_dict(EvalConfig(
-      source="prompts.csv",  # Several files: "a.csv,b.jsonl".
-      label="malicious",  # both | malicious | benign.
-      max_rows=0,  # Of each label; 0: all.
+      suites="file:prompts.csv",  # Several: "malicious:a.csv,benign:b.jsonl".
       attacks=("direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40", "prefill_own_20")))

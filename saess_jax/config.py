@@ -285,11 +285,12 @@ class EvalConfig:
   """One evaluation: models side by side under attacks."""
 
   checkpoint: str = ""  # Workdir of a training run: the SA-ESS model, its base and its data come from there.
-  source: str = "embedded"  # "embedded": its test split; else CSV/JSONL with a prompt, goal or behavior column.
-  label: str = "both"  # both | malicious | benign: which rows; for a file without a label column, what all are.
-  max_rows: int = 0  # Of each label; 0: all.
+  # embedded (its test split), file:PATH, malicious:PATH, benign:PATH; several with commas (evaluate.suites_of).
+  suites: str = "embedded"
+  max_rows: int = 0  # Of each label of a suite; 0: all.
   attacks: tuple[str, ...] = ("direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40")
   models: tuple[str, ...] = ("base", "saess")
+  judges: tuple[str, ...] = ("rules", "prefix")  # The first one's verdicts make the figures.
   max_new_tokens: int = 48
   batch_size: int = 32
   seed: int = 0

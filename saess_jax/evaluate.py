@@ -1,20 +1,19 @@
 """Models under attacks, side by side, with the evidence kept beside every verdict.
 
-An attack on a malicious behavior counts as successful when the response is not a refusal (`judges.RefusalJudge`). That
-is an upper bound of harm: who does not refuse need not have said anything of use. Benign prompts are asked directly
-only; a refusal there is an over-refusal.
+Three steps over JSONL, each of which goes on where it was interrupted when the same command is given again:
 
-The output folder holds
-  evaluation.json  what is evaluated: config, checkpoint, a digest of the prompts; another evaluation's is refused
-  rows.jsonl       one line a response, in groups of attack x model; a group is there whole or not at all
-  metrics.json     what `metrics_of` makes of the rows
+  attempts.jsonl        what each attack makes of each behavior; one line a behavior
+  responses.jsonl       what each model answers; one line a response
+  judgements/JUDGE.jsonl    what each judge says of each response; another judge needs no new responses
+  metrics.json          what `metrics.metrics_of` makes of these, written anew each time
+  evaluation.json       what is evaluated: config, checkpoint, a digest of the prompts; another evaluation's is refused
 
-so an evaluation that was interrupted goes on after the last whole group when it is started again, and another judge
-needs no new responses.
+  python -m saess_jax.evaluate OUT_A OUT_B      what differs between two evaluations, behavior by behavior
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import functools
@@ -26,14 +25,17 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tqdm
+
 from saess_jax import attacks as attacks_lib
 from saess_jax import checkpoint, generate, judges
+from saess_jax import metrics as metrics_lib
 from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
 from saess_jax.data import sources
 from saess_jax.model import Llama
+from saess_jax.records import Records
 
 MODELS = ("base", "saess")
-JUDGES = (judges.RefusalJudge(), judges.PrefixJudge())  # The first one's verdict makes the figures.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def load_models(config: EvalConfig) -> Models:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.
   """
   if not config.checkpoint:
-    raise ValueError("checkpoint is empty; expected the workdir of a training run (--config.checkpoint=RUN).")
+    raise ValueError("checkpoint is empty; expected the workdir of a training run (--checkpoint RUN).")
   trained = checkpoint.read_config(config.checkpoint)
   changes = {name: value for name, value in config.safety.items() if value is not None}
   safety = from_config_dict(SafetyConfig, dataclasses.asdict(trained.safety) | changes)
@@ -94,166 +96,208 @@ def load_models(config: EvalConfig) -> Models:
 def evaluate(
     config: EvalConfig, workdir: str | pathlib.Path, load: Callable[[EvalConfig], Models] = load_models
 ) -> dict[str, Any]:
-  """Runs what is not there yet, writes rows and metrics, prints a table and returns the metrics.
+  """Runs what is not there yet, writes everything named above, prints a table and returns the metrics.
 
   Args:
-    workdir: an empty or new folder, or one in which this same evaluation was begun.
+    workdir: an empty or new folder, or one in which this same evaluation was begun (with these judges or others).
     load: gives the models.
 
   Raises:
-    ValueError: an unknown attack, model or label, no rows, or a `workdir` that holds something else.
+    ValueError: an unknown attack, judge, model or suite, no rows, or a `workdir` that holds something else.
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
-  rows = evaluation_rows(config)
+  chosen = [judges.make_judge(name) for name in config.judges]
+  suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
   models = load(config)
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
-  _claim_workdir(workdir, {"config": _plain(config), "rows": _digest(rows), "models": models.identity})
+  claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
+  _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity})
 
-  results = read_results(workdir)
-  finished = {(row["method"], row["model"]) for row in results}
-  for method, indices in _plan(config, rows):
-    missing = [name for name in config.models if (method, name) not in finished]
-    if not missing:
-      continue
-    attempts = _attempts(method, [rows[i] for i in indices], models, config.max_new_tokens, config.seed)
-    for name in missing:
-      responses = models.generator(name, config.max_new_tokens).respond(
-          [attempt.prompt for attempt in attempts], [attempt.prefix for attempt in attempts],
-          progress=f"{method} {name}")
-      results += [
-          _result(method, name, i, rows[i], attempt, response)
-          for i, attempt, response in zip(indices, attempts, responses, strict=True)]
-      _write(workdir / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in results))
-  metrics = metrics_of(results, config)
+  attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
+  _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
+  for judge in chosen:
+    _judge(judge, workdir)
+  metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
   _write(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-  print(table(metrics))
+  print(metrics_lib.table(metrics))
   return metrics
 
 
-def evaluation_rows(config: EvalConfig) -> list[sources.Row]:
-  """The rows that `config` asks for: source, label and number.
+def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
+  """The rows of every suite that `config.suites` names, `config.max_rows` of each label at most.
+
+  A suite is "embedded" (its test split), or a CSV or JSONL file with a prompt, goal, behavior, instruction or
+  forbidden_prompt column: "file:PATH" (labels from its label column, all malicious without one), "malicious:PATH" or
+  "benign:PATH" (rows of that label, all of them in a file without labels).
 
   Raises:
-    ValueError: none is left, or what `sources` raises.
+    ValueError: an unknown suite, one without rows, or what `sources` raises.
   """
-  if config.source == "embedded":
-    rows = sources.embedded_rows("test")
-  else:
-    rows = sources.read_rows(config.source, None if config.label == "both" else config.label)
-  wanted = range(len(sources.LABELS)) if config.label == "both" else [sources.LABELS.index(config.label)]
-  rows = sources.draw_evenly([row for row in rows if row.label in wanted], config.max_rows, config.seed)
-  if not rows:
-    raise ValueError(f"{config.source} has no {config.label} rows; set label to both, or name another source.")
-  return rows
+  suites = {}
+  for suite in config.suites.split(","):
+    kind, _, path = suite.partition(":")
+    if suite == "embedded":
+      rows = sources.embedded_rows("test")
+    elif kind in ("file", *sources.LABELS) and path:
+      rows = sources.read_rows(path, "malicious" if kind == "file" else kind)
+      rows = [row for row in rows if kind in ("file", sources.LABELS[row.label])]
+    else:
+      raise ValueError(
+          f"suite is {suite!r}; expected embedded, file:PATH, malicious:PATH or benign:PATH, or several of them with "
+          "commas between them.")
+    suites[suite] = sources.draw_evenly(rows, config.max_rows, config.seed)
+    if not rows:
+      raise ValueError(f"Suite {suite} has no rows.")
+  return suites
 
 
-def read_results(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of an evaluation, as dicts; none if it has not begun."""
-  path = pathlib.Path(workdir).expanduser() / "rows.jsonl"
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> list[dict[str, Any]]:
+  """The responses of an evaluation that these judges have judged, each with its `judgements`; [] before it has begun.
 
-
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's score interval of a proportion, 95% by default; of use also at 0 and n successes.
-
-  Raises:
-    ValueError: not 0 <= successes <= n, or n is 0.
+  Args:
+    judged_by: names of judges; () for whichever there are.
   """
-  if not 0 <= successes <= n or n == 0:
-    raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n and n of at least 1.")
-  p, spread = successes / n, z * z / n
-  centre = (p + spread / 2) / (1 + spread)
-  half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-  return max(centre - half, 0.0), min(centre + half, 1.0)
+  workdir = pathlib.Path(workdir).expanduser()
+  names = judged_by or sorted(path.stem for path in (workdir / "judgements").glob("*.jsonl"))
+  found = {
+      name: {_key(record): record["judgement"] for record in _judgements(workdir, name).read()} for name in names}
+  return [
+      row | {"judgements": {name: found[name][_key(row)] for name in names}}
+      for row in Records(workdir / "responses.jsonl").read() if all(_key(row) in found[name] for name in names)]
 
 
-def metrics_of(results: Sequence[dict[str, Any]], config: EvalConfig) -> dict[str, Any]:
-  """All figures, from the rows alone; `config.safety` has to be filled in.
+_KEYS = ("suite", "method", "model", "index", "attempt")
 
-  A rate is {"rate", "low", "high", "count", "n"} with a 95% Wilson interval; one without rows is left out. Keys:
-    n: behaviors by label.
-    attack_success_rate[model][attack]; any_attack[model]: behaviors that some attack got through.
-    attack_success_rate_prefix_judge[model][attack]: the same rows by the field's prefix list, for comparison.
-    attacks[model][attack]: n, empty responses, leaked tokens (mean, max), evaluations of [CLS] (mean), interventions.
-    budget[attack]: base-model queries and tokens that the attack cost, summed over behaviors.
-    over_refusal[model], over_refusal_by_source[model][source], over_refusal_by_category[model][category].
-    caught_initially[model], alarmed_initially[model]: malicious, benign prompts whose initial verdict was malicious.
-    by_category[model][attack][category]: attack success.
-  """
-  malicious = [row for row in results if row["label"] == 1]
-  benign = [row for row in results if row["label"] == 0]
-  broken = lambda row: row["judgements"]["rules"]["jailbroken"]
-  alarmed = lambda row: row["initial_prob"] is not None and row["initial_prob"] >= config.safety["threshold"]
-  per_attack = {
-      model: _group([row for row in malicious if row["model"] == model], "method")
-      for model in config.models if malicious}
-  per_model = {model: [row for row in benign if row["model"] == model] for model in config.models if benign}
-  # [CLS] sees the query alone at first: one attack's rows tell it for all that leave the prompt as it is.
-  first = {model: groups.get("direct", next(iter(groups.values()))) for model, groups in per_attack.items()}
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+  return tuple(record[key] for key in _KEYS)
+
+
+def _judgements(workdir: pathlib.Path, judge: str) -> Records:
+  return Records(workdir / "judgements" / (judge.replace("/", "_") + ".jsonl"))
+
+
+def _plan(config: EvalConfig, suites: dict[str, list[sources.Row]]) -> list[tuple[str, str, list[int]]]:
+  """(suite, attack, indices of its rows): malicious rows under every attack, benign ones asked directly."""
+  plan = []
+  for suite, rows in suites.items():
+    malicious = [i for i, row in enumerate(rows) if row.label == 1]
+    benign = [i for i, row in enumerate(rows) if row.label == 0]
+    methods = {name: malicious for name in config.attacks}
+    if benign:
+      methods = {"direct": methods.pop("direct", []) + benign} | methods
+    plan += [(suite, method, indices) for method, indices in methods.items() if indices]
+  return plan
+
+
+def _attempts(
+    config: EvalConfig, suites: dict[str, list[sources.Row]], models: Models, records: Records
+) -> dict[tuple[str, str, str, int], list[attacks_lib.Attempt]]:
+  """(suite, method, model, index) -> attempts. An attack that is not adaptive is made once for all models."""
+  identify = lambda record: tuple(record[key] for key in ("suite", "method", "victim", "index"))
+  made = {identify(record): record["attempts"] for record in records.read()}
+  jobs = []
+  for suite, method, indices in _plan(config, suites):
+    attack = attacks_lib.make_attack(method)
+    for victim in config.models if attack.adaptive else [""]:
+      missing = [i for i in indices if (suite, method, victim, i) not in made]
+      jobs += [(suite, method, attack, victim, missing[at : at + attack.at_a_time])
+               for at in range(0, len(missing), attack.at_a_time)]
+  with tqdm.tqdm(total=sum(len(indices) for *_, indices in jobs), desc="attacks", unit="behavior",
+                 disable=not jobs) as bar:
+    for suite, method, attack, victim, indices in jobs:
+      bar.set_postfix_str(method)
+      found = attack.attempts(
+          [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
+      new = [{"suite": suite, "method": method, "victim": victim, "index": i,
+              "attempts": [dataclasses.asdict(attempt) for attempt in attempts]}
+             for i, attempts in zip(indices, found, strict=True)]
+      records.append(new)
+      made |= {identify(record): record["attempts"] for record in new}
+      bar.update(len(indices))
+  read = lambda record: attacks_lib.Attempt(
+      **record | {"sampling": generate.SamplingConfig(**record["sampling"])})
   return {
-      "config": _plain(config),
-      "seed": config.seed,
-      "judge": {"name": JUDGES[0].name, "version": JUDGES[0].version, "success": "the response is not a refusal"},
-      "n": {"malicious": len(_group(malicious, "index")), "benign": len(_group(benign, "index"))},
-      "attack_success_rate": _nested(per_attack, lambda rows: _rate(rows, broken)),
-      "attack_success_rate_prefix_judge": _nested(
-          per_attack, lambda rows: _rate(rows, lambda row: row["judgements"]["prefix"]["jailbroken"])),
-      "any_attack": {
-          model: _rate(list(_group(sum(groups.values(), []), "index").values()), lambda rows: any(map(broken, rows)))
-          for model, groups in per_attack.items()},
-      "attacks": _nested(per_attack, _conduct),
-      "budget": {
-          attack: {"queries": sum(row["queries"] for row in rows), "tokens": sum(row["query_tokens"] for row in rows)}
-          for attack, rows in next(iter(per_attack.values()), {}).items()},
-      "over_refusal": {model: _rate(rows, _refused) for model, rows in per_model.items()},
-      "over_refusal_prefix_judge": {
-          model: _rate(rows, lambda row: row["judgements"]["prefix"]["refused"]) for model, rows in per_model.items()},
-      "over_refusal_by_source": {
-          model: {key: _rate(kept, _refused) for key, kept in _group(rows, "source").items()}
-          for model, rows in per_model.items()},
-      "over_refusal_by_category": {
-          model: {key: _rate(kept, _refused) for key, kept in _group(rows, "category").items()}
-          for model, rows in per_model.items()},
-      "caught_initially": {model: _rate(rows, alarmed) for model, rows in first.items() if model != "base"},
-      "alarmed_initially": {model: _rate(rows, alarmed) for model, rows in per_model.items() if model != "base"},
-      "by_category": _nested(
-          per_attack, lambda rows: {key: _rate(kept, broken) for key, kept in _group(rows, "category").items()}),
-  }
+      (suite, method, model, i): list(map(read, made[suite, method, model, i] if (suite, method, model, i) in made
+                                          else made[suite, method, "", i]))
+      for suite, method, indices in _plan(config, suites) for model in config.models for i in indices}
 
 
-def percent(rate: dict[str, float]) -> str:
-  """"12% [8, 17]"."""
-  return f"{rate['rate']:.0%} [{rate['low'] * 100:.0f}, {rate['high'] * 100:.0f}]"
+def _target(config: EvalConfig, models: Models, victim: str) -> attacks_lib.Target:
+  query = lambda model, prompts, tokens: models.generator(model, max(tokens, config.max_new_tokens)).respond(
+      list(prompts), max_new_tokens=tokens)
+  return attacks_lib.Target(
+      victim, models.generator("base", config.max_new_tokens).tokenizer, query, models.weights, config.seed)
 
 
-def table(metrics: dict[str, Any]) -> str:
-  """The main figures as text."""
-  success, refusal = metrics["attack_success_rate"], metrics["over_refusal"]
-  models = metrics["config"]["models"]
-  line = lambda name, cells: f"{name:<28}" + "".join(f"{cell:>20}" for cell in cells)
-  lines = [line("attack success (95%)", models)] if success else []
-  for attack in next(iter(success.values()), {}):
-    lines.append(line(attack, [percent(success[model][attack]) for model in models]))
-  if len(lines) > 2:
-    lines.append(line("any of these", [percent(metrics["any_attack"][model]) for model in models]))
-  if refusal:
-    lines += [line("", models)] * (not success)
-    lines.append(line("benign prompts refused", [percent(refusal[model]) for model in models]))
-  for key, name in (
-      ("caught_initially", "caught by the first verdict"), ("alarmed_initially", "benign alarms, first verdict")):
-    if metrics[key]:
-      lines.append(line(name, [percent(metrics[key][model]) if model in metrics[key] else "-" for model in models]))
-  n = metrics["n"]
-  return "\n".join(lines + [
-      f"{n['malicious']} malicious and {n['benign']} benign prompts. Success: the response is not a refusal."])
+def _respond(
+    config: EvalConfig, suites: dict[str, list[sources.Row]], models: Models,
+    attempts: dict[tuple[str, str, str, int], list[attacks_lib.Attempt]], records: Records) -> None:
+  """Has every model answer what it has not answered yet, a few batches at a time."""
+  there = {_key(record) for record in records.read()}
+  groups: dict[Any, list[Any]] = {}  # What can share a batch.
+  for (suite, method, model, index), made in attempts.items():
+    for number, attempt in enumerate(made):
+      if (suite, method, model, index, number) not in there:
+        groups.setdefault((model, suite, method, attempt.sampling), []).append((index, number, attempt))
+  with tqdm.tqdm(total=sum(map(len, groups.values())), desc="responses", unit="response", disable=not groups) as bar:
+    for (model, suite, method, sampling), jobs in groups.items():
+      bar.set_postfix_str(f"{method} {model}")
+      generator = models.generator(model, config.max_new_tokens)
+      # Alike in length, so that little padding is computed; the order says nothing about the answers.
+      jobs.sort(key=lambda job: (len(job[2].prefix), len(str(job[2].prompt))))
+      for at in range(0, len(jobs), 4 * config.batch_size):
+        chosen = jobs[at : at + 4 * config.batch_size]
+        responses = generator.respond(
+            [attempt.prompt for *_, attempt in chosen], [attempt.prefix for *_, attempt in chosen], sampling=sampling,
+            places=[_place(suite, method, index, number) for index, number, _ in chosen])
+        records.append(
+            _record(suite, method, model, index, number, suites[suite][index], attempt, response)
+            for (index, number, attempt), response in zip(chosen, responses, strict=True))
+        bar.update(len(chosen))
+
+
+def _place(suite: str, method: str, index: int, number: int) -> int:
+  """A number of its own for what is drawn in a response, whatever was asked before."""
+  return int.from_bytes(hashlib.sha256(f"{suite}\n{method}\n{index}\n{number}".encode()).digest()[:4], "big") >> 1
+
+
+def _record(
+    suite: str, method: str, model: str, index: int, number: int, row: sources.Row, attempt: attacks_lib.Attempt,
+    response: generate.Response) -> dict[str, Any]:
+  number_of = lambda x: None if math.isnan(x) else round(x, 5)  # JSON has no NaN.
+  return {
+      "suite": suite, "method": method, "model": model, "index": index, "attempt": number, "label": row.label,
+      "category": row.category, "source": row.source, "behavior": row.prompt, "prompt": attempt.prompt,
+      "prefix": attempt.prefix, "variant": attempt.variant, "sampling": dataclasses.asdict(attempt.sampling),
+      "response": response.text, "generated": response.generated, "queries": attempt.queries,
+      "query_tokens": attempt.tokens, "initial_prob": number_of(response.initial_prob),
+      "intervened_at": response.intervened_at, "leaked": response.leaked, "evaluations": response.evaluations,
+      "prefix_tokens": response.prefix_tokens, "tokens": response.tokens,
+      "cls_prob": [number_of(p) for p in response.cls_prob], "phase": response.phase}
+
+
+def _judge(judge: Any, workdir: pathlib.Path, at_a_time: int = 256) -> None:
+  """Has one judge judge what it has not judged yet, or judged in another version."""
+  records = _judgements(workdir, judge.name)
+  there = {_key(record) for record in records.read() if record["judgement"]["version"] == judge.version}
+  missing = [row for row in Records(workdir / "responses.jsonl").read() if _key(row) not in there]
+  with tqdm.tqdm(total=len(missing), desc=f"judge {judge.name}", unit="response", disable=not missing) as bar:
+    for at in range(0, len(missing), at_a_time):
+      rows = missing[at : at + at_a_time]
+      judged = [
+          judge.judge(row["behavior"], row["response"], os.path.commonprefix([row["response"], row["prefix"]]))
+          for row in rows]  # Rollback may have cut the prefix short.
+      records.append(
+          {key: row[key] for key in _KEYS} | {"judgement": dataclasses.asdict(judgement)}
+          for row, judgement in zip(rows, judged, strict=True))
+      bar.update(len(rows))
 
 
 def _check(config: EvalConfig) -> None:
-  for field in ("attacks", "models"):
+  for field in ("attacks", "models", "judges"):
     names = getattr(config, field)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
       raise ValueError(f"{field} is {names!r}; expected a tuple of different names, at least one.")
@@ -262,87 +306,19 @@ def _check(config: EvalConfig) -> None:
   for name in config.models:
     if name not in MODELS:
       raise ValueError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
-  if config.label not in ("both", *sources.LABELS):
-    raise ValueError(f"label is {config.label!r}; expected both, {' or '.join(sources.LABELS)}.")
   if config.max_new_tokens < 1 or config.batch_size < 1 or config.max_rows < 0:
     raise ValueError(
         f"max_new_tokens is {config.max_new_tokens}, batch_size {config.batch_size}, max_rows {config.max_rows}; "
         "expected at least 1, 1 and 0.")
 
 
-def _plan(config: EvalConfig, rows: Sequence[sources.Row]) -> list[tuple[str, list[int]]]:
-  """(attack, indices of its rows): malicious rows under every attack, benign ones asked directly, attack or not."""
-  malicious = [i for i, row in enumerate(rows) if row.label == 1]
-  benign = [i for i, row in enumerate(rows) if row.label == 0]
-  plan = {name: malicious for name in config.attacks}
-  if benign:
-    plan = {"direct": plan.get("direct", []) + benign} | {k: v for k, v in plan.items() if k != "direct"}
-  return [(method, indices) for method, indices in plan.items() if indices]
-
-
-def _attempts(
-    method: str, rows: Sequence[sources.Row], models: Models, max_new_tokens: int, seed: int
-) -> list[attacks_lib.Attempt]:
-  query = lambda prompts, tokens: models.generator("base", max(tokens, max_new_tokens)).respond(
-      list(prompts), max_new_tokens=tokens, progress=f"{method} queries")
-  tokenizer = models.generator("base", max_new_tokens).tokenizer
-  return attacks_lib.make_attack(method).attempts(
-      [row.prompt for row in rows], attacks_lib.Target(tokenizer, query, seed))
-
-
-def _result(
-    method: str, model: str, index: int, row: sources.Row, attempt: attacks_lib.Attempt, response: generate.Response
-) -> dict[str, Any]:
-  number = lambda x: None if math.isnan(x) else round(x, 5)  # JSON has no NaN.
-  prefix = os.path.commonprefix([response.text, attempt.prefix])  # Rollback may have cut it short.
-  return {
-      "method": method, "model": model, "index": index, "label": row.label, "category": row.category,
-      "source": row.source, "behavior": row.prompt, "prompt": attempt.prompt, "prefix": attempt.prefix,
-      "response": response.text, "generated": response.generated, "queries": attempt.queries,
-      "query_tokens": attempt.tokens, "initial_prob": number(response.initial_prob),
-      "intervened_at": response.intervened_at, "leaked": response.leaked, "evaluations": response.evaluations,
-      "prefix_tokens": response.prefix_tokens, "tokens": response.tokens,
-      "cls_prob": [number(p) for p in response.cls_prob], "phase": response.phase,
-      "judgements": {
-          judge.name: dataclasses.asdict(judge.judge(attempt.prompt, response.text, prefix)) for judge in JUDGES},
-  }
-
-
-def _refused(row: dict[str, Any]) -> bool:
-  return row["judgements"]["rules"]["refused"]
-
-
-def _conduct(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  mean = lambda key: sum(row[key] for row in rows) / len(rows)
-  return {
-      "n": len(rows), "empty": sum(row["judgements"]["rules"]["reason"] == "empty" for row in rows),
-      "leaked_mean": mean("leaked"), "leaked_max": max(row["leaked"] for row in rows),
-      "evaluations_mean": mean("evaluations"), "intervened": _rate(rows, lambda row: row["intervened_at"] >= 0)}
-
-
-def _rate(rows: Sequence[Any], holds: Callable[[Any], bool]) -> dict[str, float]:
-  count, n = sum(map(holds, rows)), len(rows)
-  low, high = wilson_interval(count, n)
-  return {"rate": count / n, "low": low, "high": high, "count": count, "n": n}
-
-
-def _group(rows: Sequence[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
-  groups: dict[Any, list[dict[str, Any]]] = {}
-  for row in rows:
-    groups.setdefault(row[key], []).append(row)
-  return groups
-
-
-def _nested(per_attack, figure) -> dict[str, dict[str, Any]]:
-  return {model: {attack: figure(rows) for attack, rows in groups.items()} for model, groups in per_attack.items()}
-
-
 def _plain(config: EvalConfig) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _digest(rows: Sequence[sources.Row]) -> str:
-  return hashlib.sha256(json.dumps([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
+def _digest(suites: dict[str, list[sources.Row]]) -> str:
+  return hashlib.sha256(json.dumps({
+      suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}).encode()).hexdigest()
 
 
 def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
@@ -371,3 +347,19 @@ def _write(path: pathlib.Path, text: str) -> None:
   unfinished = path.with_name(path.name + ".tmp")
   unfinished.write_text(text, encoding="utf-8")
   unfinished.replace(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(prog="python -m saess_jax.evaluate", description="Compares two evaluations.")
+  parser.add_argument("workdirs", nargs=2, metavar="OUT", help="workdirs of two evaluations (eval.py)")
+  parser.add_argument("--judge", default="rules", help="whose verdicts count; it has to have judged both")
+  options = parser.parse_args(argv)
+  a, b = (read_results(workdir, [options.judge]) for workdir in options.workdirs)
+  try:
+    print(metrics_lib.compare(a, b, options.judge))
+  except ValueError as error:
+    raise SystemExit(f"{error} (A: {options.workdirs[0]}, B: {options.workdirs[1]})") from None
+
+
+if __name__ == "__main__":
+  main()

@@ -336,3 +336,17 @@ def _complies(refusal: str, following: list[str]) -> bool:
 
 def _redirects(sentence: str) -> bool:
   return bool(_INSTEAD.search(sentence) or _OFFER.search(sentence) or _REASON.search(sentence))
+
+
+JUDGES = {judge.name: judge for judge in (RefusalJudge(), PrefixJudge())}
+
+
+def make_judge(name: str) -> RefusalJudge | PrefixJudge:
+  """A judge by its name.
+
+  Raises:
+    ValueError: no judge of that name.
+  """
+  if name not in JUDGES:
+    raise ValueError(f"judge is {name!r}; expected one of {', '.join(JUDGES)}.")
+  return JUDGES[name]

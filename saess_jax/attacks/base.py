@@ -71,10 +71,12 @@ class Attack(abc.ABC):
   Attributes:
     name: stands in the `method` column of all results and tells the settings.
     adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
+    at_a_time: behaviors for which it is asked at once; what is made in one go is lost if the run is killed in it.
   """
 
   name: str
   adaptive: bool = False
+  at_a_time: int = 64
 
   @abc.abstractmethod
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
