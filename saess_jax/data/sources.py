@@ -23,7 +23,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
-PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "text")
+PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "forbidden_prompt", "text")
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
 LABEL_WORDS = {
     "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
