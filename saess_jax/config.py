@@ -45,6 +45,7 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  attention_bias: bool = False  # On q, k and v, not on o (Qwen2).
   sliding_window: int | None = None  # Tokens a row can look back on, itself included (Mistral v0.1); None: all.
   dtype: str = "float32"  # Of activations; softmax and norms are float32 always.
   # What weight products read, summed in float32; "": dtype. "bfloat16" beside float32 activations is autocast: on a CPU
