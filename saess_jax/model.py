@@ -408,7 +408,7 @@ def _stack(*leaves):
 
 
 def unstack_layers(params: Params, first: int = 0) -> Params:
-  """The inverse of `stack_layers`. `first`: the number of the lowest layer in `params`; above 0 if lower ones are not."""
+  """The inverse of `stack_layers`. `first`: the lowest layer's number, above 0 where `params` lack those below it."""
   unrolled, index = {name: leaf for name, leaf in params.items() if name not in ("frozen_layers", "layers")}, first
   for stack in (params[name] for name in ("frozen_layers", "layers") if name in params):
     for i in range(jax.tree.leaves(stack)[0].shape[0]):
