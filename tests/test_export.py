@@ -137,7 +137,7 @@ def test_a_failure_on_the_way_leaves_nothing_and_a_folder_is_not_overwritten(tmp
 
 @pytest.mark.parametrize("change, words", [
     (lambda cls: cls.pop("cls_head/bias"), "cls_head/bias is absent"),
-    (lambda cls: cls.update(cls_embedding=np.ones(60, np.float32)), r"cls_embedding is \(60,\); expected shape \(64,\)"),
+    (lambda cls: cls.update(cls_embedding=np.ones(60, np.float32)), r"cls_embedding is \(60,\); expected .*\(64,\)"),
 ])
 def test_broken_cls_parameters_are_named(change, words, tmp_path):
   cls = {"cls_embedding": np.ones(64, np.float32), "cls_head/kernel": np.ones((64, 1), np.float32),
