@@ -86,6 +86,11 @@ def read(
   return config, _params(file, dtype, mesh, progress), tokenizer
 
 
+def stored_dtypes(path: Path) -> list[str]:
+  """The formats of the file's tensors, such as Q8_0. Errors as `read_config`."""
+  return sorted({tensor.tensor_type.name for tensor in _File(path).tensors.values()})
+
+
 class _File:
   """An open GGUF file: metadata by key, tensors (memory-mapped) by name."""
 

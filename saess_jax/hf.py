@@ -72,7 +72,7 @@ def load_pretrained(
     ValueError: what is there is truncated, of an unsupported architecture, or lacks tensors.
   """
   dtype_of(dtype)
-  path = _locate(spec)
+  path = locate(spec)
   cls, safety = {}, None
   if path.is_dir():
     config, tokenizer = read_config(path).replace(param_dtype=dtype), read_tokenizer(path)
@@ -88,12 +88,12 @@ def load_pretrained(
 
 def load_tokenizer(spec: str) -> transformers.PreTrainedTokenizerBase:
   """The tokenizer of `spec`, alone. Arguments and errors as `load_pretrained`."""
-  path = _locate(spec)
+  path = locate(spec)
   return read_tokenizer(path) if path.is_dir() else gguf.read_tokenizer(path)
 
 
-def _locate(spec: str) -> pathlib.Path:
-  """`spec` -> a folder or a .gguf file that exists."""
+def locate(spec: str) -> pathlib.Path:
+  """`spec` -> a folder or a .gguf file that exists. Errors as `load_pretrained`."""
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
   if not path.exists():
     expected = f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, or the id of a model on the Hub"
@@ -282,6 +282,22 @@ def read_safety(folder: str | pathlib.Path) -> SafetyConfig | None:
     return config_lib.from_config_dict(SafetyConfig, _json(path)["safety"])
   except (KeyError, ValueError) as error:
     raise ValueError(f"{path}: {error}. Expected what `export_hf` writes.") from error
+
+
+def read_layout(folder: str | pathlib.Path) -> dict[str, Any]:
+  """`header_sees_cls` and `system_prompt` as `export.export_hf` was told them; {} if the folder has no settings."""
+  path = pathlib.Path(folder) / SETTINGS_FILE
+  stored = _json(path).get("layout", {}) if path.is_file() else {}
+  return {name: stored[name] for name in ("header_sees_cls", "system_prompt") if name in stored}
+
+
+def stored_dtypes(folder: str | pathlib.Path) -> list[str]:
+  """The dtypes of the folder's tensors, such as BF16. Errors as `read_params`, as far as no tensor is read."""
+  found = set()
+  for path in _weight_files(pathlib.Path(folder)):
+    with _open(path) as file:
+      found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+  return sorted(found)
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:

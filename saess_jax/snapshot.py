@@ -1,6 +1,6 @@
 """A model alone as an orbax folder: what `--config.weights` and `load_for_research` take beside the workdir of a run.
 
-  snapshot.json   ModelConfig, SafetyConfig, where the weights came from
+  snapshot.json   ModelConfig, SafetyConfig, where the weights came from and how they were trained
   params/         orbax: the unrolled tree of `model.py`, [CLS] included
   tokenizer/      as transformers writes it
 """
@@ -25,22 +25,33 @@ from saess_jax.hf import Pretrained
 from saess_jax.model import Llama
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What snapshot.json holds; `source` and `layout` as `write` was told them."""
+
+  config: ModelConfig
+  safety: SafetyConfig
+  source: str
+  layout: dict[str, Any]
+
+
 def write(
-    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig, source: str
-) -> None:
+    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig, source: str,
+    layout: dict[str, Any]) -> None:
   """Writes the folder, whole or not at all.
 
   Args:
     params: unrolled, host or device arrays, whose dtypes stay as they are.
     safety: with a named schedule.
     source: what `inspect` will say the weights came from.
+    layout: `header_sees_cls` and `system_prompt`, kept for `export_hf`.
 
   Raises:
     FileExistsError: `folder` exists, or another process is writing it.
   """
   values = {
       "format": 1, "model": dataclasses.asdict(config.replace(scan_layers=False, vocab_padding=0, frozen_layers=0)),
-      "safety": dataclasses.asdict(safety), "source": source}
+      "safety": dataclasses.asdict(safety), "source": source, "layout": layout}
   with staging.new_folder(folder) as unfinished:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(unfinished / "params", params)
@@ -53,7 +64,7 @@ def is_snapshot(folder: str | pathlib.Path) -> bool:
   return (pathlib.Path(folder).expanduser() / "snapshot.json").is_file()
 
 
-def read_settings(folder: str | pathlib.Path) -> tuple[ModelConfig, SafetyConfig, str]:
+def read_settings(folder: str | pathlib.Path) -> Settings:
   """The model's shape, its settings, and where it came from.
 
   Raises:
@@ -65,7 +76,8 @@ def read_settings(folder: str | pathlib.Path) -> tuple[ModelConfig, SafetyConfig
     model = values["model"]
     if model["rope_scaling"]:
       model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-    return ModelConfig(**model), config_lib.from_config_dict(SafetyConfig, values["safety"]), values["source"]
+    safety = config_lib.from_config_dict(SafetyConfig, values["safety"])
+    return Settings(ModelConfig(**model), safety, values["source"], values["layout"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); write the folder again (saess_jax.convert).") from error
 
@@ -84,9 +96,8 @@ def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) 
     ValueError: the folder is damaged.
   """
   folder = pathlib.Path(folder).expanduser().absolute()
-  config, safety, _ = read_settings(folder)
-  if dtype:
-    config = config.replace(param_dtype=dtype)
+  settings = read_settings(folder)
+  config = settings.config.replace(param_dtype=dtype or settings.config.param_dtype)
   boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))["params"]
   shapes = sharding.unbox(boxed)
   if mesh is None:
@@ -101,4 +112,4 @@ def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) 
   except Exception as error:  # Whatever orbax and tensorstore say of a file that is missing or cut short.
     first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     raise ValueError(f"{folder / 'params'} is damaged ({first}); write the folder again (saess_jax.convert).") from None
-  return Pretrained(config, params, read_tokenizer(folder), safety)
+  return Pretrained(config, params, read_tokenizer(folder), settings.safety)
