@@ -44,7 +44,7 @@ def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
   if not check:
     return said
   ids = loaded.tokenizer(CHECK_TEXT).input_ids
-  written = snapshot.read(folder, "float32")
+  ours = our_logits(snapshot.read(folder, "float32"), ids)
   reference, what = None, "our own import of the source, a GGUF file"
   path = hf.locate(source)
   if path.is_dir():
@@ -53,7 +53,7 @@ def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
       what = "our own import of the source (torch is not installed)"
   if reference is None:
     reference = our_logits(hf.load_pretrained(source, "float32"), ids)
-  return f"{said}\n{compare(our_logits(written, ids), reference, what)}"
+  return f"{said}\n{compare(ours, reference, what)}"
 
 
 def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
@@ -81,7 +81,10 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
 
 
 def our_logits(loaded: hf.Pretrained, ids: list[int]) -> np.ndarray:
-  """float32 [S, V] of a text, computed in float32."""
+  """float32 [S, V] of a text, computed in float32. Raises ValueError for ids outside the vocabulary."""
+  if max(ids) >= loaded.config.vocab_size:
+    raise ValueError(f"check: the tokenizer gives id {max(ids)}, outside the vocabulary of {loaded.config.vocab_size}; "
+                     "is it this model's own?")
   model = Llama(loaded.config.replace(dtype="float32"))
   run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits[0])
   return np.asarray(run(loaded.params, jnp.asarray([ids])))
