@@ -171,6 +171,21 @@ def lose_shard(folder):
   (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def lose_tensor_of_shard(folder):
+  shard(folder)
+  path = folder / "model-00002-of-00002.safetensors"
+  state = safetensors.numpy.load_file(path)
+  state.pop("model.norm.weight")
+  safetensors.numpy.save_file(state, path)
+
+
+def truncate_shard(folder):
+  """Cuts one shard in the middle of its last tensor."""
+  shard(folder)
+  path = folder / "model-00001-of-00002.safetensors"
+  path.write_bytes(path.read_bytes()[:-4])
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 
@@ -190,8 +205,11 @@ BIAS = "model.layers.1.self_attn.q_proj.bias"
     (break_state(lambda state: state.update({BIAS: state[Q][0]})), ValueError, f"no place for: {BIAS}"),
     (truncate(0), ValueError, "model.safetensors.*truncated"),
     (truncate(100), ValueError, "model.safetensors.*truncated"),
-    (truncate(-1), ValueError, "model.safetensors.*truncated"),
-    (only_pickle, ValueError, "pickled.*safetensors"),
+    (truncate(-1), ValueError, r"model.safetensors.*truncated in (model|lm_head)[\w.]*weight \("),
+    (truncate_shard, ValueError, r"model-00001-of-00002.safetensors.*truncated in (model|lm_head)[\w.]*weight \("),
+    (lose_tensor_of_shard, ValueError, "model-00002-of-00002.safetensors lacks model.norm.weight, which the index"),
+    (break_config(use_sliding_window=True), ValueError, "use_sliding_window is True"),
+    (only_pickle, ValueError, "pytorch_model.bin holds pickled weights.*safetensors"),
     (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     (lose_shard, FileNotFoundError, "lacks model-00002-of-00002.safetensors"),
 ])
