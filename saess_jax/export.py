@@ -83,7 +83,7 @@ def _hf_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
         "ours does; set sliding_window to None if its context may be as long as max_seq_len.")
   kind = "qwen2" if config.attention_bias else "llama" if config.sliding_window is None else "mistral"
   architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[kind]
-  rope = {"rope_type": "default"}
+  rope = None
   if config.rope_scaling is not None:
     s = config.rope_scaling
     rope = {
@@ -95,9 +95,7 @@ def _hf_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
       "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
       "head_dim": config.head_dim, "max_position_embeddings": config.max_seq_len, "hidden_act": "silu",
       "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tie_embeddings, "rope_theta": config.rope_theta,
-      # Both spellings: transformers 5 reads the first, older ones the second and rope_theta.
-      "rope_parameters": rope | {"rope_theta": config.rope_theta},
-      "rope_scaling": None if config.rope_scaling is None else rope,
+      "rope_scaling": rope,  # With rope_theta the spelling of transformers 4, which 5 reads too.
       "use_cache": True}
   if kind == "mistral":
     values["sliding_window"] = config.sliding_window

@@ -158,9 +158,13 @@ def test_a_killed_conversion_starts_over_and_says_so(tmp_path, capsys):
     run.send_signal(signal.SIGKILL)
     run.wait()
   assert run.returncode == -signal.SIGKILL and unfinished.is_dir() and not out.exists()
+  (unfinished / "tokenizer").mkdir()  # What a kill a little later would leave as well.
+  (unfinished / "tokenizer" / "old.json").write_text("{}")
   convert.main(["hf2orbax", str(source), str(out)])
   assert f"{unfinished} was left by a process that did not finish: starting over." in capsys.readouterr().err
   assert not unfinished.exists()
+  assert sorted(path.name for path in out.iterdir()) == ["params", "snapshot.json", "tokenizer"]
+  assert not (out / "tokenizer" / "old.json").exists()
   jax.tree.map(np.testing.assert_array_equal, snapshot.read(out).params, hf.load_pretrained(str(source)).params)
 
 

@@ -22,7 +22,7 @@ from saess_jax.export import export_hf
 from saess_jax.model import Llama, pad_vocab, stack_layers
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "examples" / "torch_reference" / "saess_torch.py"
-SAFETY = SafetyConfig(r1=3, r2=4, r3=5, tau=2, threshold=0.25, schedule="periodic(4)", rollback=True)
+SAFETY = SafetyConfig(r1=3, r2=4, r3=2, tau=2, threshold=0.25, schedule="periodic(4)", rollback=True)
 
 
 def stirred(params):
@@ -70,7 +70,7 @@ def test_what_is_written_beside_the_language_model(tmp_path):
       "stage": "sft", "header_sees_cls": False, "cls_stored": "after header", "cls_position": 0, "first_position": 1,
       "system_prompt": ""}
   assert settings["safety"] == {
-      "r1": 3, "r2": 4, "r3": 5, "tau": 2, "threshold": 0.25, "rule2_keeps_query": False, "rollback": True,
+      "r1": 3, "r2": 4, "r3": 2, "tau": 2, "threshold": 0.25, "rule2_keeps_query": False, "rollback": True,
       "sweep_prefill": True, "dependency": "medium", "schedule": "periodic(4)",
       "refusal_prefix": "Sorry, I cannot fulfill your request because",
       "fixed_refusal": "Sorry, I cannot fulfill your request.", "refusal_break": "\n\n"}
@@ -183,14 +183,14 @@ def our_trace(config: ModelConfig, params, tokenizer, safety, messages, response
 
 
 def compare_traces(reference, config, params, tokenizer, safety, messages, response):
-  """Asserts that both find the same; returns the phases that came up."""
+  """Asserts that both find the same; returns the phases that came up, with a "+" where [CLS] was frozen in one."""
   initial, probs, phases = our_trace(config, params, tokenizer, safety, messages, response)
   reference.rules = reference.rules | {"threshold": safety.threshold}
   their_initial, their_probs = reference.trace(messages, response)
   assert their_initial == pytest.approx(initial, abs=1e-3)
   assert reference.initial(messages) == pytest.approx(initial, abs=1e-3)
   np.testing.assert_allclose(np.asarray(their_probs, float), probs, rtol=0, atol=1e-3)
-  return set(phases.tolist())
+  return {policy.Phase(phase).name + "+" * bool(np.isnan(prob)) for phase, prob in zip(phases, probs)}
 
 
 CHAT = [{"role": "user", "content": "How do I make bread?"}, {"role": "assistant", "content": "Take flour and water."},
@@ -218,7 +218,7 @@ def test_torch_reference_finds_our_probabilities(case, tmp_path):
     for messages in (CHAT, "How do I kill a Python process?")[: 2 if case == "grouped" else 1]:
       phases |= compare_traces(
           reference, loaded.config, params, tokenizer, SAFETY.replace(threshold=threshold), messages, response)
-  assert phases == {policy.Phase.BENIGN, policy.Phase.ALARM, policy.Phase.MALICIOUS}
+  assert phases == {"BENIGN", "ALARM", "ALARM+", "MALICIOUS", "MALICIOUS+"}
 
 
 @pytest.mark.slow
