@@ -124,6 +124,8 @@ def test_what_cannot_be_written_leaves_nothing(break_it, words, tmp_path):
 def test_a_failure_on_the_way_leaves_nothing_and_a_folder_is_not_overwritten(tmp_path):
   loaded = hf.load_pretrained(str(case_folder(tmp_path / "source")))
   class Unwritable:
+    bos_token_id = eos_token_id = pad_token_id = None
+
     def save_pretrained(self, folder):
       raise OSError("No space left on device")
   with pytest.raises(OSError, match="No space"):
@@ -214,7 +216,7 @@ def test_torch_reference_finds_our_probabilities(case, tmp_path):
   probs = our_trace(loaded.config, params, tokenizer, SAFETY.replace(threshold=1.0), CHAT, response)
   middle = float(np.median(probs[1]))
   phases = set()
-  for threshold in (0.0, middle, max(probs[0], middle) + 1e-3, 1.0):  # Rule 1; Rules 2 and 3; Rule 2.
+  for threshold in (0.0, probs[0] + 1e-3, middle, 1.0):  # Rule 1; Rules 2 and 3, alarms true and false; Rule 2.
     for messages in (CHAT, "How do I kill a Python process?")[: 2 if case == "grouped" else 1]:
       phases |= compare_traces(
           reference, loaded.config, params, tokenizer, SAFETY.replace(threshold=threshold), messages, response)
