@@ -132,7 +132,7 @@ def measure(*arguments) -> dict[str, int]:
 
 
 def write_llama2_7b_of(layers: int, folder: pathlib.Path) -> int:
-  """A checkpoint of Llama2-7B's widths in bfloat16, two files a layer; returns the bytes of its largest tensor."""
+  """A checkpoint of Llama2-7B's widths in bfloat16, five tensors a file; returns the bytes of its largest tensor."""
   config = model_config("llama2_7b", num_layers=layers)
   case_folder(folder)  # For its tokenizer.
   (folder / "model.safetensors").unlink()
