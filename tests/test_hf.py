@@ -17,7 +17,7 @@ import transformers
 from make_golden import CASES, TOKENS, hf_config, hf_state, write_folder
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf
+from saess_jax import hf, weights
 from saess_jax.config import RopeScaling
 from saess_jax.model import Block, Llama, stack_layers
 
@@ -45,7 +45,7 @@ def test_every_layer_agrees_with_torch(case, tmp_path):
   with torch.no_grad():
     expected = theirs(torch.tensor(TOKENS), output_hidden_states=True)
   config = hf.read_config(tmp_path)
-  logits, hidden = run(config, hf.with_cls(hf.read_params(tmp_path)), TOKENS)
+  logits, hidden = run(config, weights.with_cls(hf.read_params(tmp_path)), TOKENS)
   for i, (ours, reference) in enumerate(zip(hidden, expected.hidden_states[1:], strict=True)):
     np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=TOLERANCE, err_msg=f"layer {i}")
   np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=0, atol=TOLERANCE)
@@ -55,7 +55,7 @@ def test_every_layer_agrees_with_torch(case, tmp_path):
 def test_golden_logits(case, tmp_path):
   golden = np.load(make_golden.GOLDEN / "llama_tiny.npz")
   write_folder(tmp_path, case)
-  config, params = hf.read_config(tmp_path), hf.with_cls(hf.read_params(tmp_path))
+  config, params = hf.read_config(tmp_path), weights.with_cls(hf.read_params(tmp_path))
   np.testing.assert_allclose(run(config, params, golden["tokens"])[0], golden[case], rtol=0, atol=TOLERANCE)
   scanned = Llama(config.replace(scan_layers=True)).apply({"params": stack_layers(params)}, golden["tokens"])
   np.testing.assert_allclose(scanned.logits, golden[case], rtol=0, atol=TOLERANCE)
@@ -120,13 +120,13 @@ def params():
 
 def test_with_cls_adds_what_is_absent_only():
   embedding = params()["embed"]["embedding"]
-  fresh = hf.with_cls(params())
+  fresh = weights.with_cls(params())
   np.testing.assert_allclose(fresh["cls_embedding"], embedding.mean(axis=0), atol=1e-6)
   assert fresh["cls_head"]["kernel"].shape == (64, 1) and fresh["cls_head"]["bias"].shape == (1,)
   assert 0 < np.abs(fresh["cls_head"]["kernel"]).max() < 0.1 and not fresh["cls_head"]["bias"].any()
   assert "cls_embedding" not in params()
   trained = params() | {"cls_embedding": np.ones(64), "cls_head": "trained"}
-  assert_trees_equal(hf.with_cls(trained), trained)
+  assert_trees_equal(weights.with_cls(trained), trained)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -171,6 +171,21 @@ def lose_shard(folder):
   (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def lose_tensor_of_shard(folder):
+  shard(folder)
+  path = folder / "model-00002-of-00002.safetensors"
+  state = safetensors.numpy.load_file(path)
+  state.pop("model.norm.weight")
+  safetensors.numpy.save_file(state, path)
+
+
+def truncate_shard(folder):
+  """Cuts one shard in the middle of its last tensor."""
+  shard(folder)
+  path = folder / "model-00001-of-00002.safetensors"
+  path.write_bytes(path.read_bytes()[:-4])
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 
@@ -190,8 +205,11 @@ BIAS = "model.layers.1.self_attn.q_proj.bias"
     (break_state(lambda state: state.update({BIAS: state[Q][0]})), ValueError, f"no place for: {BIAS}"),
     (truncate(0), ValueError, "model.safetensors.*truncated"),
     (truncate(100), ValueError, "model.safetensors.*truncated"),
-    (truncate(-1), ValueError, "model.safetensors.*truncated"),
-    (only_pickle, ValueError, "pickled.*safetensors"),
+    (truncate(-1), ValueError, r"model.safetensors.*truncated in (model|lm_head)[\w.]*weight \("),
+    (truncate_shard, ValueError, r"model-00001-of-00002.safetensors.*truncated in (model|lm_head)[\w.]*weight \("),
+    (lose_tensor_of_shard, ValueError, "model-00002-of-00002.safetensors lacks model.norm.weight, which the index"),
+    (break_config(use_sliding_window=True), ValueError, "use_sliding_window is True"),
+    (only_pickle, ValueError, "pytorch_model.bin holds pickled weights.*safetensors"),
     (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     (lose_shard, FileNotFoundError, "lacks model-00002-of-00002.safetensors"),
 ])

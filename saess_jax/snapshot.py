@@ -1,0 +1,115 @@
+"""A model alone as an orbax folder: what `--config.weights` and `load_for_research` take beside the workdir of a run.
+
+  snapshot.json   ModelConfig, SafetyConfig, where the weights came from and how they were trained
+  params/         orbax: the unrolled tree of `model.py`, [CLS] included
+  tokenizer/      as transformers writes it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import transformers
+from jax.sharding import Mesh
+
+from saess_jax import config as config_lib
+from saess_jax import sharding, staging, weights
+from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig
+from saess_jax.hf import Pretrained
+from saess_jax.model import Llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What snapshot.json holds; `source` and `layout` as `write` was told them."""
+
+  config: ModelConfig
+  safety: SafetyConfig
+  source: str
+  layout: dict[str, Any]
+
+
+def write(
+    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig, source: str,
+    layout: dict[str, Any]) -> None:
+  """Writes the folder, whole or not at all.
+
+  Args:
+    params: unrolled, host or device arrays, whose dtypes stay as they are.
+    safety: with a named schedule.
+    source: what `inspect` will say the weights came from.
+    layout: `header_sees_cls` and `system_prompt`, kept for `export_hf`.
+
+  Raises:
+    FileExistsError: `folder` exists, or another process is writing it.
+  """
+  values = {
+      "format": 1, "model": dataclasses.asdict(config.replace(scan_layers=False, vocab_padding=0, frozen_layers=0)),
+      "safety": dataclasses.asdict(safety), "source": source, "layout": layout}
+  with staging.new_folder(folder) as unfinished:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(unfinished / "params", params)
+      checkpointer.wait_until_finished()
+    tokenizer.save_pretrained(unfinished / "tokenizer")
+    (unfinished / "snapshot.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_snapshot(folder: str | pathlib.Path) -> bool:
+  return (pathlib.Path(folder).expanduser() / "snapshot.json").is_file()
+
+
+def read_settings(folder: str | pathlib.Path) -> Settings:
+  """The model's shape, its settings, and where it came from.
+
+  Raises:
+    ValueError: snapshot.json is not what `write` writes.
+  """
+  path = pathlib.Path(folder).expanduser() / "snapshot.json"
+  try:
+    values = json.loads(path.read_text())
+    model = values["model"]
+    if model["rope_scaling"]:
+      model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+    safety = config_lib.from_config_dict(SafetyConfig, values["safety"])
+    return Settings(ModelConfig(**model), safety, values["source"], values["layout"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} cannot be read ({error}); write the folder again (saess_jax.convert).") from error
+
+
+def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+  return transformers.AutoTokenizer.from_pretrained(pathlib.Path(folder).expanduser() / "tokenizer")
+
+
+def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) -> Pretrained:
+  """The model of the folder, unrolled: numpy arrays, or jax.Arrays that are read straight onto the mesh.
+
+  Args:
+    dtype: of the params ([CLS] head apart, which is float32 always); "": as they were written.
+
+  Raises:
+    ValueError: the folder is damaged.
+  """
+  folder = pathlib.Path(folder).expanduser().absolute()
+  settings = read_settings(folder)
+  config = settings.config.replace(param_dtype=dtype or settings.config.param_dtype)
+  boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))["params"]
+  shapes = sharding.unbox(boxed)
+  if mesh is None:
+    how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), shapes)
+  else:
+    how = jax.tree.map(
+        lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
+        shapes, weights.placement(config, mesh))
+  try:
+    params = ocp.PyTreeCheckpointer().restore(
+        folder / "params", args=ocp.args.PyTreeRestore(item=shapes, restore_args=how))
+  except Exception as error:  # Whatever orbax and tensorstore say of a file that is missing or cut short.
+    first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    raise ValueError(f"{folder / 'params'} is damaged ({first}); write the folder again (saess_jax.convert).") from None
+  return Pretrained(config, params, read_tokenizer(folder), settings.safety)

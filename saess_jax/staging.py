@@ -1,0 +1,56 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write into, NAME.unfinished beside the one asked for, which it is renamed to once the block is done.
+
+  If the block fails it is deleted. If the process was killed it is still there, and the next call starts over and says
+  so on stderr; whether its process is still at work is told by a lock, which the system takes back from a killed one.
+
+  Yields:
+    The folder, empty.
+
+  Raises:
+    FileExistsError: `folder` exists, or another process is writing it now.
+  """
+  folder = pathlib.Path(folder).expanduser().absolute()
+  refuse_existing(folder)
+  unfinished = folder.with_name(folder.name + ".unfinished")
+  was_there = unfinished.exists()
+  unfinished.mkdir(parents=True, exist_ok=True)
+  lock = os.open(unfinished, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise FileExistsError(f"Another process is writing {folder} now (in {unfinished}); wait for it.") from None
+    if was_there:
+      print(f"{unfinished} was left by a process that did not finish: starting over.", file=sys.stderr)
+      for entry in unfinished.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    try:
+      yield unfinished
+      refuse_existing(folder)
+      unfinished.rename(folder)
+    except BaseException:
+      shutil.rmtree(unfinished, ignore_errors=True)
+      raise
+  finally:
+    os.close(lock)
+
+
+def refuse_existing(folder: str | pathlib.Path) -> None:
+  """Raises FileExistsError if there is anything at `folder`."""
+  if pathlib.Path(folder).expanduser().exists():
+    raise FileExistsError(f"{folder} exists, and nothing is ever overwritten; delete it, or name another folder.")
