@@ -74,21 +74,22 @@ def load_models(config: EvalConfig) -> Models:
   if step is None:
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
   written = datetime.datetime.fromtimestamp((checkpoints.folder / str(step)).stat().st_mtime)  # A new run in its place?
+  asking = trained.data.system_prompt, trained.header_sees_cls
 
   @functools.cache
   def weights(name: str) -> attacks_lib.Weights:
     if name == "base":
       shape, params, tokenizer = checkpoint.load_base(trained)
-      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, trained.data.system_prompt)
-    return attacks_lib.Weights(
-        *checkpoint.load_for_research(config.checkpoint, step)[:3], safety, trained.data.system_prompt)
+      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, *asking)
+    return attacks_lib.Weights(*checkpoint.load_for_research(config.checkpoint, step)[:3], safety, *asking)
 
   @functools.cache  # A generator keeps what it has compiled.
   def generator(name: str, max_new_tokens: int) -> generate.Generator:
     asked = weights(name)
     return generate.Generator(
         asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size, system_prompt=asked.system_prompt, seed=config.seed)
+        batch_size=config.batch_size, system_prompt=asked.system_prompt, seed=config.seed,
+        header_sees_cls=asked.header_sees_cls)
 
   return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator, weights, safety)
 

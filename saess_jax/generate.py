@@ -99,12 +99,15 @@ class Generator:
   def __init__(
       self, model: Llama, params: Params, tokenizer: Any, safety: SafetyConfig | None = SafetyConfig(),
       sampling: SamplingConfig = SamplingConfig(), max_new_tokens: int = 128, batch_size: int = 16,
-      system_prompt: str = "", seed: int = 0):
-    """`safety=None` asks the plain language model. `params` in the form (stacked or not) of `model`."""
+      system_prompt: str = "", seed: int = 0, header_sees_cls: bool = True):
+    """`safety=None` asks the plain language model. `params` in the form (stacked or not) of `model`.
+
+    `header_sees_cls` as in training: it says where [CLS] is stored.
+    """
     self.tokenizer = tokenizer
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
-    self._system_prompt = system_prompt
+    self._system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
     self._limit, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
     self._decode, self._start, self._advance = _jitted(model)
 
@@ -195,8 +198,11 @@ class Generator:
 
   def _encode(self, prompts, prefixes):
     """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
-    rows = [chat.insert_cls(*chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt), "sft", True)
-            for prompt in prompts]
+    rows = [
+        chat.insert_cls(
+            *chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt), "sft",
+            self._header_sees_cls)
+        for prompt in prompts]
     forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
       needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
@@ -260,11 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.error("--prefix belongs to one response: give --prompt too.")
   colours = terminal.has_colours(sys.stdout)
   try:
-    system_prompt = checkpoint.read_config(options.checkpoint).data.system_prompt
+    trained = checkpoint.read_config(options.checkpoint)
     model, params, tokenizer, safety = checkpoint.load_for_research(options.checkpoint)
     generator = Generator(
         model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
-        SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, system_prompt, options.seed)
+        SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, trained.data.system_prompt,
+        options.seed, trained.header_sees_cls)
     if options.prompt is None:
       sys.stderr.write("A request a line; /new forgets the chat, /quit or Ctrl-D ends it.\n")
       terminal.converse(generator, sys.stdin, sys.stdout, colours)

@@ -11,6 +11,7 @@ import transformers
 
 from saess_jax import config, decode, generate, hf, model, policy, sampling, sharding
 from saess_jax.config import SafetyConfig
+from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
 
@@ -241,6 +242,21 @@ def test_generator_gives_text_back_in_order(tiny_params):
     make().respond(prompts, max_new_tokens=7)
   with pytest.raises(ValueError, match="the model's context is 256"):
     make().respond(["x" * 300])
+
+
+def test_the_generator_stores_cls_where_the_run_did(tiny_params):
+  loud = {**tiny_params, "cls_embedding": 30 * tiny_params["cls_embedding"]}  # So that who sees it says another thing.
+  tokenizer, asked = hf.byte_tokenizer(), ["a", "bread", "a long one"]
+  said = {
+      seen: [r.text for r in generate.Generator(
+          model.Llama(TINY), loud, tokenizer, SafetyConfig(dependency="low"), max_new_tokens=8, header_sees_cls=seen
+      ).respond(asked)] for seen in (True, False)}
+  rows = [chat.insert_cls(*chat.encode_prompt(tokenizer, text), "sft", False) for text in asked]
+  by_hand = decode.decode(
+      model.Llama(TINY), loud, decode.pad_prompts(rows), jax.random.key(0),
+      decode.decode_config(tokenizer, SafetyConfig(dependency="low"), max_new_tokens=8, buffer=32))
+  assert said[False] == [
+      tokenizer.decode(tokens[:length]) for tokens, length in zip(by_hand.tokens, by_hand.lengths)] != said[True]
 
 
 def test_vmap_over_settings(tiny_params):

@@ -36,13 +36,17 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A model laid open: what `decode` and gradients need. `safety` is None where nothing intervenes (the base model)."""
+  """A model laid open: what `decode` and gradients need. `safety` is None where nothing intervenes (the base model).
+
+  The last two say how the run asks: its system prompt, and where [CLS] is stored.
+  """
 
   model: Llama
   params: Params
   tokenizer: Any
   safety: SafetyConfig | None
   system_prompt: str = ""
+  header_sees_cls: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
