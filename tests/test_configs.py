@@ -24,11 +24,26 @@ def test_config_file(path):
     train.check(config, sharding.make_mesh(config.mesh))
 
 
+@pytest.mark.parametrize("name, changed", [
+    ("full", {}), ("no_decoding", {"dependency": "low"}), ("annealing", {"schedule": "annealing"}),
+    ("no_attention", {"r1": 1 << 20, "r2": 1 << 20, "r3": 1 << 20, "rule2_keeps_query": True}),
+    ("r_5", {"r1": 5, "r2": 5, "r3": 5}), ("tau_1", {"tau": 1}), ("threshold_40", {"threshold": 0.4})])
+def test_ablations(name, changed):
+  values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
+  safety = from_config_dict(EvalConfig, values).safety
+  assert {key: value for key, value in safety.items() if value is not None} == changed
+
+
+def test_an_ablation_that_does_not_exist():
+  with pytest.raises(ValueError, match="ablation is 'r_many'; expected one of full, no_attention.*r_N, tau_N"):
+    runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"]("r_many")
+
+
 @pytest.mark.parametrize("main, flags, message", [
     ("train.py", ["--config", "configs/tiny.py", "--config.optimizer.learning_rat=1"], "learning_rat"),
     ("train.py", ["--config", "configs/tiny.py", "--config.mesh.data=3"], "does not divide the 1 devices"),
     ("eval.py", ["--config", "configs/eval_embedded.py"], "checkpoint is empty"),
-    ("eval.py", ["--config", "configs/eval_embedded.py", "--config.checkpoint=/nowhere"], "nowhere"),
+    ("eval.py", ["--config", "configs/eval_embedded.py", "--checkpoint=/nowhere"], "nowhere"),
 ])
 def test_the_command_line_refuses_and_writes_nothing(tmp_path, main, flags, message):
   run = subprocess.run(

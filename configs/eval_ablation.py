@@ -1,0 +1,37 @@
+"""One part of the method taken away or turned, on the embedded test split: `--config configs/eval_ablation.py:NAME`.
+
+  full            nothing changed
+  no_attention    no strategic attention: [CLS] always sees the query and all of the response so far
+  no_decoding     no strategic decoding: verdicts are kept and nothing is done about them
+  each, first, periodic, annealing    when [CLS] is asked again
+  r_N             r1 = r2 = r3 = N
+  tau_N           malicious verdicts running before the refusal goes in
+  threshold_N     the verdict's threshold, in percent
+
+Each has a --workdir of its own and goes on where it was stopped. Two are compared by
+`python -m saess_jax.evaluate OUT_A OUT_B`.
+"""
+
+import re
+
+from saess_jax.config import EvalConfig, to_config_dict
+
+EVERYTHING = 1 << 20  # More response tokens than any buffer holds.
+CHANGES = {
+    "full": {},
+    "no_attention": dict(r1=EVERYTHING, r2=EVERYTHING, r3=EVERYTHING, rule2_keeps_query=True),
+    "no_decoding": dict(dependency="low"),
+    **{name: dict(schedule=name) for name in ("each", "first", "periodic", "annealing")},
+}
+NUMBERS = {
+    "r": lambda n: dict(r1=n, r2=n, r3=n), "tau": lambda n: dict(tau=n), "threshold": lambda n: dict(threshold=n / 100)}
+
+
+def get_config(name="full"):
+  number = re.fullmatch(r"(r|tau|threshold)_(\d{1,4})", name)
+  if name not in CHANGES and not number:
+    raise ValueError(f"ablation is {name!r}; expected one of {', '.join(CHANGES)}, r_N, tau_N or threshold_N.")
+  config = to_config_dict(EvalConfig(
+      models=("saess",), attacks=("direct", "prefill_10", "prefill_40", "prefill_own_10"), max_new_tokens=48))
+  config.safety.update(NUMBERS[number[1]](int(number[2])) if number else CHANGES[name])
+  return config

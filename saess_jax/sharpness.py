@@ -1,0 +1,111 @@
+"""How sure a model is of its next token under attack: entropy and sharpness of the K likeliest tokens.
+
+  python -m saess_jax.sharpness --checkpoint RUN --evaluation OUT
+
+The paper's probe experiment, over the responses that an evaluation stored (`evaluate.py`; attacks direct, prefill_N,
+nested): the responses are read again, token by token, by the model that gave them. Where a model that was aligned by
+examples alone hesitates between refusing and complying, its first tokens are flat; with an explicit signal they need
+not be. K, and that sharpness is the likeliest token's share, are our choice: the paper names the two without formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saess_jax import evaluate, metrics
+from saess_jax.attacks import Weights
+from saess_jax.config import EvalConfig
+from saess_jax.data import chat
+from saess_jax.masks import TokenKind
+from saess_jax.records import Records
+
+
+def top_k_statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Of the k likeliest tokens, their probabilities made to sum to one.
+
+  Args:
+    logits: float32 [..., V].
+
+  Returns:
+    entropy [...], in nats, 0 to log k; sharpness [...], the likeliest one's probability, 1/k to 1.
+  """
+  log_prob = jax.nn.log_softmax(jax.lax.top_k(logits, k)[0])
+  prob = jnp.exp(log_prob)
+  return -jnp.sum(prob * log_prob, axis=-1), prob[..., 0]
+
+
+def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, k: int) -> np.ndarray:
+  """Entropy and sharpness before each of the first `tokens` tokens that a row's model wrote itself.
+
+  A model with [CLS] sees it as before the response (`stage` "sft"): what [CLS] became while decoding is not repeated.
+
+  Args:
+    rows: of `evaluate.read_results`.
+
+  Returns:
+    float32 [rows, tokens, 2]; NaN where a response is shorter.
+  """
+  @functools.partial(jax.jit, static_argnames="plain")
+  def statistics(params, ids, kinds, at, plain):
+    how = {} if plain else {"kinds": kinds, "stage": "sft"}
+    logits = weights.model.apply({"params": params}, ids, **how).logits
+    return jnp.stack(top_k_statistics(jax.lax.dynamic_slice_in_dim(logits[0], at, tokens), k), axis=-1)
+
+  found = np.full((len(rows), tokens, 2), np.nan, np.float32)
+  for row, values in zip(rows, found):
+    ids, kinds = chat.encode_prompt(weights.tokenizer, row["prompt"], system_prompt=weights.system_prompt)
+    response = chat.encode_response(weights.tokenizer, row["response"], len(row["tokens"]) + tokens)
+    prefix, count = row["prefix_tokens"], min(tokens, len(response) - row["prefix_tokens"])
+    if count < 1:
+      continue  # Rollback cut into the attacker's prefix, or the model said nothing.
+    ids = np.concatenate([ids, response[: prefix + count]])
+    kinds = np.concatenate([kinds, np.full(prefix + count, TokenKind.RESPONSE)])
+    if weights.safety is not None:
+      ids, kinds = chat.insert_cls(ids, kinds, "sft", weights.header_sees_cls)
+    at = len(ids) - count - 1
+    size = -(-(at + tokens + 1) // 64) * 64  # Few shapes are compiled; what is behind a token it never sees.
+    ids, kinds = (
+        np.pad(x, (0, size - len(x)), constant_values=value)[None] for x, value in ((ids, 0), (kinds, TokenKind.PAD)))
+    values[:count] = statistics(weights.params, ids, kinds, at, weights.safety is None)[:count]
+  return found
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+      prog="python -m saess_jax.sharpness", description="Entropy and sharpness of the next token under attacks.")
+  parser.add_argument("--checkpoint", required=True, help="the run that was evaluated")
+  parser.add_argument("--evaluation", required=True, help="workdir of its evaluation (eval.py)")
+  parser.add_argument("--tokens", type=int, default=8, help="generated tokens looked at")
+  parser.add_argument("--k", type=int, default=10, help="likeliest tokens")
+  options = parser.parse_args(argv)
+  rows = Records(pathlib.Path(options.evaluation).expanduser() / "responses.jsonl").read()
+  if not rows:
+    parser.error(f"{options.evaluation} holds no responses; expected the --workdir of an evaluation (eval.py).")
+  models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint))
+  report: dict[str, dict[str, Any]] = {}
+  print(f"{'model, attack':<36}{'n':>6}   entropy (nats), sharpness: before token 1, mean of {options.tokens}")
+  for model, of_model in metrics.group([row for row in rows if row["label"] == 1], "model").items():
+    for method, kept in metrics.group(of_model, "method").items():
+      values = of_responses(models.weights(model), kept, options.tokens, options.k)
+      first, mean = np.nanmean(values[:, 0], axis=0), np.nanmean(values, axis=(0, 1))
+      report.setdefault(model, {})[method] = {
+          "n": int(np.isfinite(values[:, 0, 0]).sum()), "entropy": np.nanmean(values[..., 0], axis=0).tolist(),
+          "sharpness": np.nanmean(values[..., 1], axis=0).tolist()}
+      print(f"{model + ', ' + method:<36}{report[model][method]['n']:>6}   {first[0]:.3f} {mean[0]:.3f}   "
+            f"{first[1]:.3f} {mean[1]:.3f}", flush=True)
+  path = pathlib.Path(options.evaluation).expanduser() / "sharpness.json"
+  path.write_text(json.dumps({"k": options.k, "by_model": report}, indent=2) + "\n")
+  print(path)
+
+
+if __name__ == "__main__":
+  main()

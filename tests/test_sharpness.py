@@ -1,0 +1,61 @@
+"""How sure the next token is: literal distributions, and rows read again as they were decoded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saess_jax import hf, sharpness
+from saess_jax.attacks import Weights
+from saess_jax.config import SafetyConfig, model_config
+from saess_jax.generate import Generator
+from saess_jax.model import Llama, nn
+
+
+def test_literal_distributions():
+  logits = jnp.log(jnp.asarray([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.6, 0.2, 0.1, 0.1]]))
+  entropy, sharp = sharpness.top_k_statistics(logits, 2)
+  np.testing.assert_allclose(sharp, [0.875, 0.5, 0.75], atol=1e-6)
+  np.testing.assert_allclose(entropy, [0.376770, 0.693147, 0.562335], atol=1e-6)
+  entropy, sharp = sharpness.top_k_statistics(logits, 4)
+  np.testing.assert_allclose(sharp, [0.7, 0.25, 0.6], atol=1e-6)
+  assert entropy[1] == pytest.approx(np.log(4))
+
+
+@pytest.mark.parametrize("safety", [None, SafetyConfig(dependency="low")])
+def test_a_row_is_read_for_itself(safety):
+  """Whatever the other rows are, and however long a prompt."""
+  llama = Llama(model_config("tiny", scan_layers=False))
+  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
+  tokenizer = hf.byte_tokenizer()
+  generator = Generator(llama, params, tokenizer, safety, max_new_tokens=6, batch_size=4)
+  prompts, prefixes = ["bread", "a long question of bytes", "x"], ["", "Sure", ""]
+  rows = [
+      {"prompt": prompt, "response": r.text, "prefix_tokens": r.prefix_tokens, "tokens": r.tokens}
+      for prompt, r in zip(prompts, generator.respond(prompts, prefixes))]
+  weights = Weights(llama, params, tokenizer, safety)
+  seen = sharpness.of_responses(weights, rows, 4, 512)
+  assert seen.shape == (3, 4, 2) and np.isfinite(seen[:, 0]).all()
+  for row, values in zip(rows, seen):
+    alone = sharpness.of_responses(weights, [row], 4, 512)[0]  # Another place in the list, the same padding.
+    np.testing.assert_array_equal(values, alone)
+    assert (values[np.isfinite(values[:, 1]), 1] >= 1 / 512).all()
+
+
+def test_a_plain_model_is_read_as_in_one_pass():
+  llama = Llama(model_config("tiny", scan_layers=False))
+  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
+  tokenizer = hf.byte_tokenizer()
+  row = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 6, "tokens": list("Sure, flour")}
+  (values,) = sharpness.of_responses(Weights(llama, params, tokenizer, None), [row], 5, 512)
+  ids = tokenizer.apply_chat_template(
+      [{"role": "user", "content": "bread"}], add_generation_prompt=True, return_dict=False)
+  ids += tokenizer("Sure, flour", add_special_tokens=False).input_ids
+  logits = llama.apply({"params": params}, jnp.asarray([ids])).logits[0, -6:-1]  # Before each of " flour"[1:].
+  np.testing.assert_allclose(values[:, 1], jax.nn.softmax(logits).max(axis=-1), atol=1e-6)
+
+
+def test_an_evaluation_without_responses_is_named(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    sharpness.main(["--checkpoint", "RUN", "--evaluation", str(tmp_path)])
+  assert "holds no responses; expected the --workdir of an evaluation" in capsys.readouterr().err
