@@ -106,11 +106,11 @@ def test_ids_of_any_text(cut):
 
 def test_families_cut_differently():
   """Else equality above would prove little."""
-  pieces = {cut: [ours.decode([i]) for i in ours(" 12345\n\n x zebras").input_ids]
+  pieces = {cut: [ours.decode([i]) for i in ours(" 12345\n\n x DON'T they've zebras").input_ids]
             for cut in FAMILIES[:4] for ours in [of_family(cut)[0]]}
   assert pieces["smollm"][:6] == [" ", "1", "2", "3", "4", "5"]
   assert pieces["qwen2"][:6] == [" ", "1", "2", "3", "4", "5"] and pieces["qwen2"] != pieces["smollm"]
-  assert pieces["llama-bpe"][:3] == [" ", "123", "45"] and pieces["llama-bpe"][-1] == " zebras"
+  assert pieces["llama-bpe"][:4] == [" ", "12", "3", "45"] and pieces["llama-bpe"][-1] == " zebras"
   assert pieces["gpt-2"][-1] != " zebras" and len({tuple(value) for value in pieces.values()}) == 4
 
 
@@ -192,16 +192,16 @@ def test_sentencepiece_marks_the_start_behind_each_special_token(text):
 def test_sentencepiece_ids_are_those_of_transformers():
   ours, theirs = spm_tokenizers()
 
-  # At a text's start transformers 5 marks no space that is there already, as SentencePiece and its own converter do.
-  @settings(max_examples=200, deadline=None)
-  @given(st.text(max_size=30) | st.text(SPM_TEXT, max_size=30))
-  def holds(text):
+  # At a text's start, and behind a special token, transformers 5 marks no space that is there already, as SentencePiece
+  # and its own converter do.
+  def same(text):
     text = "x" + text.replace("</s>", "").replace("<s>", "").replace("<unk>", "")
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
-  holds()
+
+  settings(max_examples=200, deadline=None)(given(st.text(max_size=30) | st.text(SPM_TEXT, max_size=30))(same))()
   for text in AWKWARD:
-    assert ours("x" + text).input_ids == theirs("x" + text).input_ids
+    same(text)
 
 
 def test_sentencepiece_special_tokens():
