@@ -42,7 +42,7 @@ class Adapter:
     safety: the run's.
     base: what `--config.weights` named: the weights below.
     sizes: of the base, name in `ModelConfig` -> number.
-    layout: `header_sees_cls` and `system_prompt` of the run.
+    layout: `header_sees_cls`, `system_prompt` and `chat_template` of the run.
   """
 
   lora: Any

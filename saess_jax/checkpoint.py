@@ -37,7 +37,7 @@ from saess_jax import adapters, checksums, cluster, events, gguf, hf, snapshot, 
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
-from saess_jax.data import sources
+from saess_jax.data import chat, sources
 
 
 class Damaged(RuntimeError):
@@ -357,7 +357,9 @@ def load_base(
     params = nn.unbox(boxed["params"])
     if mesh is not None:
       params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
-    return shape, params, hf.byte_tokenizer()
+    tokenizer = hf.byte_tokenizer()
+    chat.use_template(tokenizer, config.data.chat_template)
+    return shape, params, tokenizer
   if is_run(config.weights):  # Its last weights: the best by validation may be far from where its loss ended.
     loaded = _read_run(config.weights, Checkpoints.latest_step, mesh)
   else:
@@ -376,6 +378,7 @@ def load_base(
     shape = preset.replace(
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
         sliding_window=shape.sliding_window)
+  chat.use_template(loaded.tokenizer, config.data.chat_template)
   return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
 
 
@@ -407,6 +410,7 @@ def load_for_research(
   elif str(path).endswith(".safetensors"):
     adapter = adapters.load(path)
     loaded = _read_weights(base or adapter.base, "float32", mesh)
+    chat.use_template(loaded.tokenizer, adapter.layout["chat_template"])
     loaded = dataclasses.replace(
         loaded, params=adapters.apply(loaded.config, loaded.params, adapter), safety=adapter.safety)
   else:
@@ -472,7 +476,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapte
   return adapters.Adapter(
       lora=model_lib.unstack_layers(trained["lora"], first=config.frozen_layers),
       cls={name: trained["params"][name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
-      sizes=adapters.sizes_of(shape), layout=layout_of(workdir))
+      sizes=adapters.sizes_of(shape), layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
 
 
 def is_run(path: str | pathlib.Path) -> bool:

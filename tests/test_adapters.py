@@ -34,7 +34,7 @@ def make(projections=("q", "o", "down"), rank=3, **changes):
          "cls_head": {"kernel": np.full((48, 1), 0.1, np.float32), "bias": np.full(1, 1 / 3, np.float32)}}
   return dataclasses.replace(adapters.Adapter(
       lora, cls, SafetyConfig(tau=2, threshold=0.25), "somewhere/base", adapters.sizes_of(TINY),
-      {"header_sees_cls": True, "system_prompt": "Be kind."}), **changes)
+      {"header_sees_cls": True, "system_prompt": "Be kind.", "chat_template": ""}), **changes)
 
 
 def flat(tree):
@@ -127,7 +127,8 @@ def trained(tmp_path_factory, params):
       folder / "base", TINY, jax.tree.map(np.asarray, params), hf.byte_tokenizer(), SafetyConfig(), "random", {})
   run = small_config(
       rows, mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(folder / "base"),
-      lora=LoraConfig(rank=2), max_steps=3, save_every=3, eval_every=0, rollouts=RolloutConfig(enabled=False), safety=SafetyConfig(tau=2))
+      lora=LoraConfig(rank=2), max_steps=3, save_every=3, eval_every=0,
+      rollouts=RolloutConfig(enabled=False), safety=SafetyConfig(tau=2))
   train.train_and_evaluate(run, folder / "run")
   convert.main(["run2adapter", str(folder / "run"), str(folder / "mine.safetensors"), "--dtype", "float32"])
   return folder
