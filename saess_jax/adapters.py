@@ -2,10 +2,17 @@
 
 The model reads it from the collection "lora" (`model.Projection`), so the base weights are never touched and get no
 gradient. There is no alpha: B starts at zero and the learning rate alone says how fast it grows.
+
+A trained adapter is one safetensors file: the pairs, the [CLS] parameters, and as metadata the settings and the base
+that it goes with (`save`, `load`, `apply`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +20,121 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 
-from saess_jax.config import LoraConfig
+from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+CLS_PARAMS = ("cls_embedding", "cls_head")
+# What of a shape decides whether a pair fits.
+_SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """What training with LoRA learned, and what it goes with.
+
+  Attributes:
+    lora: unrolled, {"layers_0": {"attn": {"q": {"a", "b"}}}}, as `merge_lora` takes it.
+    cls: the [CLS] parameters, {"cls_embedding", "cls_head": {"kernel", "bias"}}.
+    safety: the run's.
+    base: what `--config.weights` named: the weights below.
+    sizes: of the base, name in `ModelConfig` -> number.
+    layout: `header_sees_cls`, `system_prompt` and `chat_template` of the run.
+  """
+
+  lora: Any
+  cls: Any
+  safety: SafetyConfig
+  base: str
+  sizes: dict[str, int]
+  layout: dict[str, Any]
+
+
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+  """What `Adapter.sizes` says of a base of this shape."""
+  return {name: getattr(config, name) for name in _SIZES}
+
+
+def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> None:
+  """Writes one file, whole or not at all.
+
+  Args:
+    path: ends in .safetensors and does not exist.
+    dtype: of the pairs and the [CLS] embedding, "float32", "bfloat16" or "float16"; the head stays float32.
+
+  Raises:
+    FileExistsError: `path` exists.
+    ValueError: another ending or dtype; a schedule as an array.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != ".safetensors" or dtype not in DTYPES:
+    raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
+  if path.exists():
+    raise FileExistsError(f"{path} exists; choose another name, or delete it.")
+  settings = {"format": 1, "safety": dataclasses.asdict(adapter.safety), "base": adapter.base,
+              "sizes": adapter.sizes, "layout": adapter.layout}
+  if not isinstance(adapter.safety.schedule, str):
+    raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
+  flat = flax.traverse_util.flatten_dict({**adapter.lora, **adapter.cls}, sep="/")
+  kept = lambda name: np.float32 if name.startswith("cls_head") else DTYPES[dtype]
+  tensors = {name: np.ascontiguousarray(leaf, kept(name)) for name, leaf in flat.items()}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(path.name + ".unfinished")
+  safetensors.numpy.save_file(tensors, unfinished, metadata={"saess": json.dumps(settings)})
+  os.replace(unfinished, path)
+
+
+def load(path: str | pathlib.Path) -> Adapter:
+  """The adapter of a file that `save` wrote: float32 numpy arrays.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a truncated file, one without our metadata, or without its [CLS] parameters.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; expected an adapter (saess_jax.convert run2adapter).")
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      settings = json.loads((file.metadata() or {})["saess"])
+      flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+    tree = flax.traverse_util.unflatten_dict(flat, sep="/")
+    return Adapter(
+        lora={name: leaf for name, leaf in tree.items() if name not in CLS_PARAMS},
+        cls={name: tree[name] for name in CLS_PARAMS},
+        safety=from_config_dict(SafetyConfig, settings["safety"]),
+        base=settings["base"], sizes=settings["sizes"], layout=settings["layout"])
+  except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    raise ValueError(
+        f"{path} is no adapter, or was truncated ({type(error).__name__}: {error}); expected a file that "
+        "`saess_jax.convert run2adapter` wrote.") from error
+
+
+def apply(config: ModelConfig, params: Any, adapter: Adapter) -> Any:
+  """`params`, unrolled, with the pairs merged in and the adapter's [CLS]; the same function as with both beside it.
+
+  Raises:
+    ValueError: a base of another shape than the adapter's, or a pair that has no place in it.
+  """
+  ours = sizes_of(config)
+  wrong = [f"{name} {ours[name]} for {size}" for name, size in adapter.sizes.items() if ours[name] != size]
+  if wrong:
+    raise ValueError(f"The adapter goes with {adapter.base!r}; this base has {', '.join(wrong)}. Give it its own base.")
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  for name, leaf in flax.traverse_util.flatten_dict(adapter.lora, sep="/").items():
+    kernel = flat.get(name.rpartition("/")[0] + "/kernel")
+    end = leaf.ndim - 1
+    fits = kernel is not None and (
+        leaf.shape[:-1] == kernel.shape[:end] if name.endswith("/a") else leaf.shape[1:] == kernel.shape[-end:])
+    if not fits:
+      raise ValueError(f"The adapter's {name}, of shape {leaf.shape}, has no place in a model of this shape.")
+  as_params = lambda leaf, old: jnp.asarray(leaf, old.dtype)
+  cls = {name: jax.tree.map(as_params, leaf, params[name]) for name, leaf in adapter.cls.items()}
+  return {**params, **{
+      layer: merge_lora({layer: params[layer]}, {layer: pairs})[layer] for layer, pairs in adapter.lora.items()}, **cls}
 
 
 def init_lora(boxed: Any, config: LoraConfig, rng: jax.Array) -> Any:

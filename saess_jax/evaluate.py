@@ -28,7 +28,7 @@ from typing import Any
 import tqdm
 
 from saess_jax import attacks as attacks_lib
-from saess_jax import checkpoint, generate, judges
+from saess_jax import adapters, checkpoint, generate, judges
 from saess_jax import metrics as metrics_lib
 from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
 from saess_jax.data import sources
@@ -56,42 +56,52 @@ class Models:
 
 
 def load_models(config: EvalConfig) -> Models:
-  """The trained model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
+  """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights are read when they are first asked.
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Of weights that name no others to have begun with
+  it is the same language model, without [CLS]. Weights are read when they are first asked.
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.
   """
-  if not config.checkpoint:
-    raise ValueError("checkpoint is empty; expected the workdir of a training run (--checkpoint RUN).")
-  trained = checkpoint.read_config(config.checkpoint)
+  path = config.checkpoint
+  if not path:
+    raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
+  identity, trained, step = path, None, None
+  if checkpoint.is_run(path):
+    trained = checkpoint.read_config(path)
+    checkpoints = checkpoint.Checkpoints(path)
+    step = checkpoints.best_step()
+    checkpoints.close()
+    if step is None:
+      raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
+    written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
+    identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
+  settings = checkpoint.settings_of(path)
   changes = {name: value for name, value in config.safety.items() if value is not None}
-  safety = from_config_dict(SafetyConfig, dataclasses.asdict(trained.safety) | changes)
-  checkpoints = checkpoint.Checkpoints(config.checkpoint)
-  step = checkpoints.best_step()
-  checkpoints.close()
-  if step is None:
-    raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
-  written = datetime.datetime.fromtimestamp((checkpoints.folder / str(step)).stat().st_mtime)  # A new run in its place?
-  asking = trained.data.system_prompt, trained.header_sees_cls
+  safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
+  layout = checkpoint.layout_of(path)
+  research = functools.cache(lambda: checkpoint.load_for_research(path, step)[:3])
 
   @functools.cache
   def weights(name: str) -> attacks_lib.Weights:
-    if name == "base":
+    if name == "saess":
+      return attacks_lib.Weights(*research(), safety, **layout)
+    if trained is not None:
       shape, params, tokenizer = checkpoint.load_base(trained)
-      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, *asking)
-    return attacks_lib.Weights(*checkpoint.load_for_research(config.checkpoint, step)[:3], safety, *asking)
+      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, **layout)
+    if path.endswith(".safetensors"):
+      return attacks_lib.Weights(*checkpoint.load_for_research(adapters.load(path).base)[:3], None, **layout)
+    return attacks_lib.Weights(*research(), None, **layout)
 
   @functools.cache  # A generator keeps what it has compiled.
   def generator(name: str, max_new_tokens: int) -> generate.Generator:
     asked = weights(name)
     return generate.Generator(
         asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size, system_prompt=asked.system_prompt, seed=config.seed,
-        header_sees_cls=asked.header_sees_cls)
+        batch_size=config.batch_size, seed=config.seed, **layout)
 
-  return Models(f"step {step} of {written:%Y-%m-%d %H:%M:%S}", generator, weights, safety)
+  return Models(identity, generator, weights, safety)
 
 
 def evaluate(

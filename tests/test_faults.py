@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, scalars, small_config
 
-from saess_jax import checkpoint, events, train
+from saess_jax import checkpoint, checksums, events, train
 from saess_jax.config import RolloutConfig
 from saess_jax.data import rollouts
 
@@ -140,13 +140,13 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_renamed(finished, tmp_pa
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 def test_checksums_see_any_element_and_no_mesh(dtype):
   x = (jnp.arange(64 * 6) % 100).reshape(8, 8, 6).astype(dtype)
-  whole = checkpoint._checksums({"x": x})
+  whole = checksums.of({"x": x})
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(4, 2), ("a", "b"))
   spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b")))
-  assert checkpoint._checksums({"x": spread}) == whole
+  assert checksums.of({"x": spread}) == whole
   for index in [(0, 0, 0), (3, 2, 1), (7, 7, 5)]:
-    assert checkpoint._checksums({"x": x.at[index].add(1)}) != whole
-  assert checkpoint._checksums({"x": x[::-1]}) != whole
+    assert checksums.of({"x": x.at[index].add(1)}) != whole
+  assert checksums.of({"x": x[::-1]}) != whole
 
 
 @pytest.mark.parametrize("change, message", [
@@ -168,7 +168,7 @@ def test_changed_data_is_refused_untouched(finished, data, tmp_path, change, mes
 
 FULL = """
 import jax.numpy as jnp, sys
-from saess_jax import checkpoint, events
+from saess_jax import checkpoint, checksums, events
 from saess_jax.config import TrainConfig
 import pathlib
 folder = pathlib.Path(sys.argv[1])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
+from typing import NamedTuple
 
 import gguf as gguf_package
 import jax
 import make_golden
 import numpy as np
 import pytest
+import transformers
 from make_golden import PROMPTS, chat_ids, hf_config, hf_state
 
 from saess_jax import gguf, hf
-from saess_jax.config import model_config
+from saess_jax.config import RopeScaling, model_config
 from saess_jax.model import Llama
 
 TOLERANCE = 1e-3  # Of SmolLM2's logits, float32.
@@ -43,9 +46,10 @@ TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", *(chr(i) for i in range(ord("
 
 
 def gguf_state(case: str) -> dict[str, np.ndarray]:
-  """The tiny model as llama.cpp's converter stores it: its names, and Q and K with rotated pairs side by side."""
-  heads = {"q_proj": hf_config(case)["num_attention_heads"], "k_proj": hf_config(case)["num_key_value_heads"]}
-  state = {}
+  """The tiny model as llama.cpp's converter stores it: its names, and a Llama's Q and K with rotated pairs adjacent."""
+  config, state = hf_config(case), {}
+  heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+  heads = heads if config["model_type"] == "llama" else {}
   for name, value in hf_state(case).items():
     for part, count in heads.items():
       if part in name:
@@ -58,9 +62,21 @@ def gguf_state(case: str) -> dict[str, np.ndarray]:
   return state
 
 
+class Vocabulary(NamedTuple):
+  """What a file says of its tokenizer; `merges` of byte-level BPE, `scores` of SentencePiece."""
+
+  tokens: list[str] = TOKENS
+  types: list[int] = [3, 3, 4] + [1] * 61
+  merges: list[str] | None = [f"{SPACE} {SPACE}", f"{SPACE} 1"]
+  scores: list[float] | None = None
+
+
 def write_gguf(path, case="grouped", kind=KIND.F32, architecture="llama", tokenizer="gpt2", cut="smollm",
-               change=lambda state: None, **metadata):
-  """A GGUF of the tiny model, kernels as `kind`, after `change` to its tensors; `metadata` has "__" for each dot."""
+               vocabulary=Vocabulary(), change=lambda state: None, **metadata):
+  """A GGUF of the tiny model, kernels as `kind`, after `change` to its tensors; `metadata` has "__" for each dot.
+
+  A tensor that `change` makes a pair is (raw bytes, their kind).
+  """
   config = hf_config(case)
   writer = gguf_package.GGUFWriter(path, architecture)
   writer.add_block_count(config["num_hidden_layers"])
@@ -73,19 +89,25 @@ def write_gguf(path, case="grouped", kind=KIND.F32, architecture="llama", tokeni
   if "head_dim" in config:
     writer.add_key_length(config["head_dim"])
   writer.add_tokenizer_model(tokenizer)
-  writer.add_tokenizer_pre(cut)
-  writer.add_token_list(TOKENS)
-  writer.add_token_types([3, 3, 4] + [1] * 61)
-  writer.add_token_merges([f"{SPACE} {SPACE}", f"{SPACE} 1"])
+  if cut:
+    writer.add_tokenizer_pre(cut)
+  writer.add_token_list(vocabulary.tokens)
+  writer.add_token_types(vocabulary.types)
+  if vocabulary.merges:
+    writer.add_token_merges(vocabulary.merges)
+  if vocabulary.scores:
+    writer.add_token_scores(vocabulary.scores)
   writer.add_eos_token_id(1)
+  add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
   for key, value in metadata.items():
-    (writer.add_string if isinstance(value, str) else writer.add_uint32)(key.replace("__", "."), value)
+    add[type(value)](key.replace("__", "."), value)
   state = gguf_state(case)
   change(state)
   for name, value in state.items():
-    plain = value.ndim == 1 or kind == KIND.F32
-    stored = value if plain else gguf_package.quantize(value, kind)
-    writer.add_tensor(name, stored, raw_dtype=KIND.F32 if plain else kind)
+    stored, of = value if isinstance(value, tuple) else (value, KIND.F32)
+    if stored is value and value.ndim > 1 and kind != KIND.F32:
+      stored, of = gguf_package.quantize(value, kind), kind
+    writer.add_tensor(name, stored, raw_dtype=of)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -93,9 +115,10 @@ def write_gguf(path, case="grouped", kind=KIND.F32, architecture="llama", tokeni
   return path
 
 
-@pytest.mark.parametrize("case", ["grouped", "tied", "wide_heads"])
+@pytest.mark.parametrize("case", ["grouped", "tied", "wide_heads", "qwen2"])
 def test_gguf_and_folder_are_one_model(case, tmp_path):
-  path, folder = write_gguf(tmp_path / "tiny.gguf", case), make_golden.write_folder(tmp_path / "folder", case)
+  path = write_gguf(tmp_path / "tiny.gguf", case, architecture=hf_config(case)["model_type"])
+  folder = make_golden.write_folder(tmp_path / "folder", case)
   assert gguf.read_config(path) == hf.read_config(folder)
   jax.tree.map(np.testing.assert_array_equal, gguf.read_params(path), hf.read_params(folder))
 
@@ -107,6 +130,122 @@ def test_formats(kind, error, tmp_path):
   exact = gguf.read_params(write_gguf(tmp_path / "exact.gguf"))
   assert {leaf.dtype.name for leaf in jax.tree.leaves(read)} == {"float32"}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=error), read, exact)
+
+
+def half(block, at):
+  return float(np.frombuffer(bytes(block[at:at + 2]), np.float16)[0])
+
+
+def q8_0(block):  # Scale, then 32 signed bytes.
+  return [half(block, 0) * (q - 256 * (q > 127)) for q in block[2:]]
+
+
+def q4_0(block):  # Scale, then 16 bytes: values 0 to 15 in the low halves, 16 to 31 in the high ones.
+  return [half(block, 0) * (q - 8) for q in [*(b & 15 for b in block[2:]), *(b >> 4 for b in block[2:])]]
+
+
+def q4_1(block):  # Scale and minimum, then as q4_0.
+  return [half(block, 0) * q + half(block, 2) for q in [*(b & 15 for b in block[4:]), *(b >> 4 for b in block[4:])]]
+
+
+def q4_k(block):
+  """Scale, scale of minima, 8 six-bit pairs of them in 12 bytes, 128 bytes of halves: ggml's get_scale_min_k4."""
+  packed, nibbles, values = block[4:16], block[16:], []
+  for j in range(8):
+    if j < 4:
+      scale, minimum = packed[j] & 63, packed[j + 4] & 63
+    else:
+      scale = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
+      minimum = packed[j + 4] >> 4 | packed[j] >> 6 << 4
+    part = nibbles[32 * (j // 2):32 * (j // 2) + 32]
+    values += [half(block, 0) * scale * (b >> 4 if j % 2 else b & 15) - half(block, 2) * minimum for b in part]
+  return values
+
+
+def q6_k(block):
+  """128 bytes of low halves, 64 of upper bit pairs, 16 signed scales, scale: ggml's dequantize_row_q6_K."""
+  values = [0.0] * 256
+  for n in range(2):
+    low, high, scales = block[64 * n:], block[128 + 32 * n:], block[192 + 8 * n:]
+    for at in range(32):
+      for part in range(4):
+        q = (low[at + 32 * (part % 2)] >> 4 * (part // 2) & 15) | (high[at] >> 2 * part & 3) << 4
+        scale = scales[at // 16 + 2 * part]
+        values[128 * n + 32 * part + at] = half(block, 208) * (scale - 256 * (scale > 127)) * (q - 32)
+  return values
+
+
+@pytest.mark.parametrize("kind, size, scales_at, decode", [
+    (KIND.F32, 4, None, lambda block: [float(np.frombuffer(bytes(block), np.float32)[0])]),
+    (KIND.F16, 2, [0], lambda block: [half(block, 0)]),
+    (KIND.BF16, 2, None, lambda block: [float(np.frombuffer(bytes([0, 0, *block]), np.float32)[0])]),
+    (KIND.Q8_0, 34, [0], q8_0), (KIND.Q4_0, 18, [0], q4_0), (KIND.Q4_1, 20, [0, 2], q4_1),
+    (KIND.Q4_K, 144, [0, 2], q4_k), (KIND.Q6_K, 210, [208], q6_k)], ids=lambda value: getattr(value, "name", ""))
+def test_each_format_by_its_documented_blocks(kind, size, scales_at, decode, tmp_path):
+  """Kernels of random bytes, decoded here one block at a time. Rows of 256: whole numbers of the largest blocks."""
+  rng, values_of = np.random.default_rng(0), {}
+
+  def random_kernel(rows):
+    count = rows * 256 // gguf_package.GGML_QUANT_SIZES[kind][0]
+    blocks = rng.integers(0, 256, (count, size), dtype=np.uint8)
+    if scales_at is None:  # Exponents of ordinary numbers, in the highest byte of each.
+      blocks[:, -1] = rng.choice([0x3F, 0xBF, 0x3E], count)
+    for at in scales_at or []:
+      blocks[:, at:at + 2] = rng.uniform(-2, 2, count).astype(np.float16).view(np.uint8).reshape(count, 2)
+    raw = blocks.reshape(rows, -1).view({KIND.F32: np.float32, KIND.F16: np.float16}.get(kind, np.uint8))
+    return raw, np.reshape([decode(block) for block in blocks.tolist()], (rows, 256))
+
+  def change(state):
+    state.clear()
+    state |= {"output_norm.weight": np.ones(256, np.float32), "output.weight": np.ones((64, 256), np.float32)}
+    for i, (part, shape) in itertools.product(range(3), {
+        "attn_norm": (256,), "ffn_norm": (256,), "attn_q": (64, 256), "attn_k": (32, 256), "attn_v": (32, 256),
+        "attn_output": (256, 64), "ffn_gate": (256, 256), "ffn_up": (256, 256), "ffn_down": (256, 256)}.items()):
+      state[f"blk.{i}.{part}.weight"] = np.ones(shape, np.float32)
+    for name, rows in {"token_embd.weight": 64, "blk.1.ffn_gate.weight": 256}.items():
+      raw, values_of[name] = random_kernel(rows)
+      state[name] = raw, kind
+
+  path = write_gguf(
+      tmp_path / "tiny.gguf", change=change, llama__attention__key_length=16, llama__embedding_length=256,
+      llama__feed_forward_length=256)
+  params = gguf.read_params(path)
+  assert params["embed"]["embedding"].shape == (64, 256)
+  np.testing.assert_allclose(params["embed"]["embedding"], values_of["token_embd.weight"], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(
+      params["layers_1"]["mlp"]["gate"]["kernel"].T, values_of["blk.1.ffn_gate.weight"], rtol=1e-6, atol=1e-6)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def llama3_factors(factor, low=1.0, high=4.0, original=8192, theta=10000.0, size=16):
+  """rope_freqs.weight as llama.cpp's converter writes it, one frequency after the other."""
+  factors = []
+  for frequency in 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size):
+    wavelength = 2 * np.pi / frequency
+    if wavelength < original / high:
+      factors.append(1.0)
+    elif wavelength > original / low:
+      factors.append(factor)
+    else:
+      smooth = (original / wavelength - low) / (high - low)
+      factors.append(1 / ((1 - smooth) / factor + smooth))
+  return np.float32(factors)
+
+
+def with_factors(*arguments, **options):
+  return lambda state: state.update({"rope_freqs.weight": llama3_factors(*arguments, **options)})
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_llama3_scaling_is_recovered_from_its_factors(factor, theta, tmp_path):
+  factors = llama3_factors(factor, theta=theta)
+  assert factors[0] == 1 and factors[-1] == factor and ((factors > 1) & (factors < factor)).any()
+  path = write_gguf(tmp_path / "tiny.gguf", change=with_factors(factor, theta=theta), llama__rope__freq_base=theta)
+  config = gguf.read_config(path)
+  assert config.rope_theta == theta
+  assert config.rope_scaling == RopeScaling(factor, 1.0, 4.0, 8192)
+  assert "rope_freqs" not in gguf.read_params(path)
 
 
 def test_params_outlive_the_file(tmp_path):
@@ -130,9 +269,15 @@ def test_tiny_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"architecture": "gpt2"}, "holds a 'gpt2'"),
-    ({"llama__rope__scaling__type": "linear"}, "rotary frequencies"),
-    ({"change": lambda state: state.update({"rope_freqs.weight": np.ones(8, np.float32)})}, "rotary frequencies"),
+    ({"architecture": "gpt2"}, "holds a 'gpt2'; expected architecture 'llama' or 'qwen2'"),
+    ({"llama__rope__scaling__type": "linear"}, "rotary frequencies by 'linear'"),
+    ({"change": lambda state: state.update({"rope_freqs.weight": np.ones(8, np.float32)})},
+     r"rope_freqs.weight, of shape \(8,\), holds .* none of the settings"),
+    ({"change": with_factors(16.0)}, "none of the settings"),
+    ({"change": with_factors(8.0, low=2.0)}, "none of the settings"),
+    ({"change": with_factors(8.0, original=4096)}, "none of the settings"),
+    ({"change": with_factors(8.0, theta=500000.0)}, "none of the settings.*theta 10000"),
+    ({"change": with_factors(8.0, size=32)}, r"of shape \(16,\)"),
     ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
     ({"change": lambda state: state.pop("blk.1.ffn_up.weight")}, "lacks 1 tensors.*blk.1.ffn_up.weight"),
     ({"change": lambda state: state.update({"blk.1.attn_q.bias": np.ones(64, np.float32)})},
@@ -147,7 +292,7 @@ def test_a_model_we_do_not_have_is_named(options, words, tmp_path):
   assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("options", [{"tokenizer": "llama"}, {"cut": "llama-bpe"}])
+@pytest.mark.parametrize("options", [{"tokenizer": "bert"}, {"cut": "tekken"}])
 def test_a_tokenizer_we_do_not_have_is_named(options, tmp_path):
   path = write_gguf(tmp_path / "odd.gguf", **options)
   gguf.read_params(path)
@@ -251,7 +396,6 @@ def test_smollm2_tokens_are_those_of_transformers(text):
 
 @functools.cache
 def reference_tokenizer():
-  import transformers
   path = needs_smollm2()
   return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 

@@ -6,17 +6,52 @@ looking for words of a template in the result: those a user can type. Axis: S to
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
+import pathlib
 import re
 import secrets
 from collections.abc import Sequence
 
+import jinja2
 import numpy as np
 import transformers
 
 from saess_jax.masks import TokenKind, cls_slot
 
 Messages = str | Sequence[dict[str, str]]  # A str is one user turn.
+
+_TEMPLATES = importlib.resources.files(__package__) / "templates"
+
+
+def use_template(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> None:
+  """Gives the tokenizer another chat template.
+
+  Args:
+    template: "" leaves its own; alpaca (Llama 2's system marks around Alpaca's instruction, as the paper's code asks),
+      chatml, llama2, llama3 or mistral; or the path of a .jinja file.
+
+  Raises:
+    ValueError: another name, or a template that cannot be parsed or does not show a user's text.
+    FileNotFoundError: no such file.
+  """
+  if not template:
+    return
+  if template.endswith(".jinja"):
+    path = pathlib.Path(template).expanduser()
+    if not path.is_file():
+      raise FileNotFoundError(f"data.chat_template: {template} does not exist; expected a file with a Jinja template.")
+    text = path.read_text(encoding="utf-8")
+  else:
+    names = sorted(entry.name.removesuffix(".jinja") for entry in _TEMPLATES.iterdir())
+    if template not in names:
+      raise ValueError(f"data.chat_template is {template!r}; expected one of {', '.join(names)}, or a .jinja file.")
+    text = (_TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+  tokenizer.chat_template = text
+  try:
+    _render(tokenizer, [{"role": "user", "content": "x"}])
+  except (jinja2.TemplateError, TypeError, ValueError) as error:
+    raise ValueError(f"data.chat_template {template} does not render a user's turn: {error}") from error
 
 
 def encode_prompt(

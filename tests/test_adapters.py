@@ -1,0 +1,176 @@
+"""An adapter as one file: what a run learned is there, and only its own base takes it."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_train import small_config
+
+from saess_jax import adapters, checkpoint, config, convert, hf, model, sharding, snapshot, train
+from saess_jax.config import LoraConfig, MeshConfig, RolloutConfig, SafetyConfig
+
+TINY = config.model_config("tiny", vocab_size=260, scan_layers=False)
+
+
+def boxed(shape=TINY):
+  return jax.eval_shape(model.Llama(shape).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def params():
+  return nn.unbox(jax.jit(model.Llama(TINY).init)(jax.random.key(3), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def make(projections=("q", "o", "down"), rank=3, **changes):
+  lora = nn.unbox(adapters.init_lora(boxed(), LoraConfig(rank, projections), jax.random.key(5)))
+  lora = jax.tree.map(lambda x: np.asarray(x + 0.1 * jax.random.normal(jax.random.key(6), x.shape)), lora)
+  cls = {"cls_embedding": np.full(48, 0.5, np.float32),
+         "cls_head": {"kernel": np.full((48, 1), 0.1, np.float32), "bias": np.full(1, 1 / 3, np.float32)}}
+  return dataclasses.replace(adapters.Adapter(
+      lora, cls, SafetyConfig(tau=2, threshold=0.25), "somewhere/base", adapters.sizes_of(TINY),
+      {"header_sees_cls": True, "system_prompt": "Be kind.", "chat_template": ""}), **changes)
+
+
+def flat(tree):
+  return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 0), ("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_a_file_holds_the_adapter(tmp_path, dtype, error):
+  adapter = make()
+  adapters.save(tmp_path / "a.safetensors", adapter, dtype)
+  back = adapters.load(tmp_path / "a.safetensors")
+  assert (back.safety, back.base, back.sizes, back.layout) == (
+      adapter.safety, adapter.base, adapter.sizes, adapter.layout)
+  assert flat(back.lora).keys() == flat(adapter.lora).keys()
+  for name, leaf in flat(adapter.lora).items():
+    np.testing.assert_allclose(flat(back.lora)[name], leaf, rtol=error)
+  np.testing.assert_array_equal(back.cls["cls_head"]["bias"], adapter.cls["cls_head"]["bias"])  # float32 always.
+  assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+  stored = {str(leaf.dtype) for name, leaf in safetensors.numpy.load_file(tmp_path / "a.safetensors").items()
+            if name.endswith("/a")}
+  assert stored == {dtype}
+
+
+@pytest.mark.parametrize("projections", [("q",), ("gate", "up"), adapters.PROJECTIONS])
+def test_applied_it_computes_what_it_does_beside_the_weights(params, projections):
+  adapter = make(projections)
+  tokens = jnp.asarray([[5, 6, 7, 8, 9]])
+  merged = adapters.apply(TINY, params, adapter)
+  beside = model.Llama(TINY).apply({"params": params, "lora": adapter.lora}, tokens).logits
+  plain = model.Llama(TINY).apply({"params": params}, tokens).logits
+  np.testing.assert_allclose(model.Llama(TINY).apply({"params": merged}, tokens).logits, beside, atol=1e-5)
+  assert jnp.abs(beside - plain).max() > 1e-2
+  assert (merged["cls_embedding"] == 0.5).all() and set(merged) == set(params)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_on_a_mesh_pairs_are_split_as_their_kernels(scan):
+  tree = boxed(TINY.replace(scan_layers=scan, num_heads=4, num_kv_heads=2))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  lora = sharding.shardings(adapters.init_lora(tree, LoraConfig(4), jax.random.key(0)), mesh)
+  pairs = lora["layers"]["attn"]["q"] if scan else lora["layers_1"]["attn"]["q"]
+  front = (None,) * scan
+  assert pairs["a"].spec == jax.sharding.PartitionSpec(*front, "fsdp", None)
+  assert pairs["b"].spec == jax.sharding.PartitionSpec(*front, None, "tensor", None)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sizes": adapters.sizes_of(TINY) | {"num_layers": 3}}, "with 'somewhere/base'; this base has num_layers 2 for 3"),
+    ({"lora": {"layers_5": make().lora["layers_0"]}}, "layers_5/attn/o/a, of shape .* has no place"),
+    ({"lora": {"layers_0": {"attn": {"q": {"a": np.ones((47, 3)), "b": np.ones((3, 6, 8))}}}}},
+     "layers_0/attn/q/a, of shape .47, 3., has no place"),
+])
+def test_another_base_is_refused(params, change, message):
+  with pytest.raises(ValueError, match=message):
+    adapters.apply(TINY, params, make(**change))
+
+
+def test_bad_files(tmp_path):
+  path = tmp_path / "a.safetensors"
+  with pytest.raises(FileNotFoundError, match="a.safetensors does not exist; expected an adapter"):
+    adapters.load(path)
+  adapters.save(path, make())
+  whole = path.read_bytes()
+  with pytest.raises(FileExistsError, match="a.safetensors exists; choose another name"):
+    adapters.save(path, make())
+  assert path.read_bytes() == whole
+  path.write_bytes(whole[:-100])
+  with pytest.raises(ValueError, match="a.safetensors is no adapter, or was truncated"):
+    adapters.load(path)
+  safetensors.numpy.save_file({"x": np.ones(3)}, path)
+  with pytest.raises(ValueError, match="a.safetensors is no adapter, or was truncated .KeyError: 'saess'"):
+    adapters.load(path)
+  for name, dtype in (("a.bin", "float32"), ("b.safetensors", "int8")):
+    with pytest.raises(ValueError, match="expected a name that ends in .safetensors and one of float32, float16"):
+      adapters.save(tmp_path / name, make(), dtype)
+  with pytest.raises(ValueError, match="safety.schedule is an array"):
+    adapters.save(tmp_path / "b.safetensors", make(safety=SafetyConfig(schedule=np.ones(4, bool))))
+  assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, params):
+  """A run with LoRA from a snapshot, and the adapter that is made of it: (folder of both, what inspect says)."""
+  folder = tmp_path_factory.mktemp("trained")
+  rows = folder / "rows.jsonl"
+  rows.write_text("".join(
+      json.dumps({"prompt": f"{'bad' if i % 2 else 'good'} request {i}", "response": "answer", "label": i % 2}) + "\n"
+      for i in range(32)))
+  snapshot.write(
+      folder / "base", TINY, jax.tree.map(np.asarray, params), hf.byte_tokenizer(), SafetyConfig(), "random", {})
+  run = small_config(
+      rows, mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(folder / "base"),
+      lora=LoraConfig(rank=2), max_steps=3, save_every=3, eval_every=0,
+      rollouts=RolloutConfig(enabled=False), safety=SafetyConfig(tau=2))
+  train.train_and_evaluate(run, folder / "run")
+  convert.main(["run2adapter", str(folder / "run"), str(folder / "mine.safetensors"), "--dtype", "float32"])
+  return folder
+
+
+def test_a_run_and_its_adapter_are_one_model(trained, capsys):
+  for_run = checkpoint.load_for_research(trained / "run")
+  alone = checkpoint.load_for_research(trained / "mine.safetensors")
+  mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+  spread = checkpoint.load_for_research(trained / "mine.safetensors", mesh=mesh)
+  assert for_run[3] == alone[3] == SafetyConfig(tau=2) and for_run[0] == alone[0]
+  for name, leaf in flat(for_run[1]).items():
+    np.testing.assert_array_equal(flat(alone[1])[name], leaf, err_msg=name)
+    np.testing.assert_allclose(flat(spread[1])[name], leaf, atol=1e-6, err_msg=name)
+  assert len(spread[1]["layers_0"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
+  convert.main(["inspect", str(trained / "mine.safetensors")])
+  assert "adapter of rank 2 for" in capsys.readouterr().out
+
+
+def test_the_base_may_have_moved(trained, tmp_path):
+  (trained / "base").rename(tmp_path / "moved")
+  try:
+    with pytest.raises(FileNotFoundError, match="base"):
+      checkpoint.load_for_research(trained / "mine.safetensors")
+    assert checkpoint.load_for_research(trained / "mine.safetensors", base=str(tmp_path / "moved"))
+  finally:
+    (tmp_path / "moved").rename(trained / "base")
+
+
+def test_a_run_that_no_adapter_can_name(trained, tmp_path):
+  with pytest.raises(ValueError, match="trained without LoRA, from random weights; an adapter is made of a run with"):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config.TrainConfig())))
+    checkpoint.read_adapter(tmp_path)
+  with pytest.raises(FileNotFoundError, match="has no step 7; it has .3."):
+    checkpoint.read_adapter(trained / "run", 7)
+
+
+def test_optimizer_state_is_the_adapters_alone(trained):
+  """AdamW holds two moments of what is trained: the pairs and the [CLS] parameters."""
+  rank, (d, n, k, h, f) = 2, (48, 6, 2, 8, 96)
+  pairs = 2 * rank * (2 * (d + n * h) + 2 * (d + k * h) + 3 * (d + f))  # Two layers.
+  shapes = [leaf.shape for leaf in jax.tree.leaves(checkpoint.Checkpoints(trained / "run")._manager.item_metadata(3)[
+      "state"].tree["opt_state"])]
+  assert sum(int(np.prod(shape)) for shape in shapes if shape) == 2 * (pairs + 2 * d + 1)
+  assert sum(int(np.prod(shape)) for shape in shapes) < 2 * (pairs + 2 * d + 1) + 8  # Counters.
