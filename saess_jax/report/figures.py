@@ -125,7 +125,7 @@ def steps(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
       axes.step(
           [0, *curve["successes"], curve["spent"]], [*share, share[-1]], where="post", color=_COLORS[model],
           linestyle=_DASHES[k % len(_DASHES)], linewidth=2, label=f"{family}, {NAMES[model]}")
-  axes.set(xlim=(0, end), ylim=(0, 102), xlabel="queries", ylabel="attack success, %")
+  axes.set(xlim=(0, 1.04 * end), ylim=(0, 102), xlabel="queries", ylabel="attack success, %")
   axes.yaxis.grid(True, color=_INK, alpha=0.12)
   axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
   return figure
