@@ -1,7 +1,6 @@
-"""What a run keeps in its workdir, and how it is had back.
+"""What a run keeps, and how it and other weights are had back.
 
-  config.json          the TrainConfig; another run's config is refused
-  data.json            rows and digest of each split when the run began; other rows are refused
+  config.json, data.json    what it is a run of (runs.py)
   checkpoints/STEP/    orbax: state (step, trainable weights, optimizer, rng), its checksums, iterator, config
   checkpoints/STEP.damaged/    a step that could not be read when the run was resumed; may be deleted
   rollouts.jsonl       the base model's completions of the training prompts
@@ -16,13 +15,12 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import io
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -33,11 +31,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import adapters, checksums, cluster, events, gguf, hf, snapshot, weights
+from saess_jax import adapters, checksums, cluster, events, gguf, hf, runs, snapshot, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
-from saess_jax.data import chat, sources
+from saess_jax.data import chat
 
 
 class Damaged(RuntimeError):
@@ -46,82 +44,6 @@ class Damaged(RuntimeError):
 
 class SaveFailed(RuntimeError):
   """A checkpoint that could not be written."""
-
-
-def claim_workdir(
-    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]]
-) -> pathlib.Path:
-  """Makes the workdir this run's by writing data.json and config.json, or finds that it is so already.
-
-  Args:
-    rows: of each split.
-
-  Raises:
-    ValueError: it holds another run's config (the mesh apart), or a run over other rows; the keys or splits that
-      differ are named and nothing is touched. Or a process beside the first does not find what the first wrote.
-  """
-  workdir = pathlib.Path(workdir).expanduser().absolute()
-  path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-  if jax.process_index() and not path.exists():
-    raise ValueError(
-        f"The first process made {path}, and it is not there on process {jax.process_index()}; give a --workdir on a "
-        "file system that all hosts share.")
-  digests = {split: {"rows": len(of), "sha256": hashlib.sha256(repr(list(of)).encode()).hexdigest()}
-             for split, of in rows.items()}
-  if path.exists():
-    ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
-    different = [
-        f"{key} is {ours.get(key)!r} now and {theirs.get(key)!r} there"
-        for key in sorted(ours.keys() | theirs.keys())
-        # A run goes on with whatever devices there are.
-        if ours.get(key) != theirs.get(key) and not key.startswith("mesh.")]
-    if different:
-      raise ValueError(
-          f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
-          "that run to resume it.")
-    _check_rows(workdir / "data.json", config.data.source, digests)
-    return workdir
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write_whole(workdir / "data.json", digests)
-  _write_whole(path, mine)  # Last: it is what makes the workdir a run's.
-  return workdir
-
-
-def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> None:
-  before = json.loads(path.read_text()) if path.exists() else digests  # A run older than this file.
-  changed = [
-      f"{split} had {before[split]['rows']} rows and has {now['rows']}" + (
-          " others" if before[split]["rows"] == now["rows"] else "")
-      for split, now in digests.items() if before[split] != now]
-  if changed:
-    raise ValueError(
-        f"The data of {source} changed since the run in {path.parent} began: {'; '.join(changed)}. Put the data back "
-        "as it was to resume that run, or choose another --workdir.")
-
-
-def _write_whole(path: pathlib.Path, values: dict[str, Any]) -> None:
-  unfinished = path.with_suffix(".tmp")
-  unfinished.write_text(json.dumps(values, indent=2) + "\n")
-  unfinished.replace(path)
-
-
-def read_config(workdir: str | pathlib.Path) -> TrainConfig:
-  """The config of the run in `workdir`.
-
-  Raises:
-    FileNotFoundError: there is no run.
-  """
-  path = pathlib.Path(workdir).expanduser() / "config.json"
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist; expected the --workdir of a training run (python train.py).")
-  return config_lib.from_config_dict(TrainConfig, json.loads(path.read_text()))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in values.items():
-    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-  return flat
 
 
 class Checkpoints:
@@ -435,7 +357,7 @@ def layout_of(path: str | pathlib.Path) -> dict[str, Any]:
   """
   path, said = str(path), {}
   if is_run(path):
-    config = read_config(path)
+    config = runs.read_config(path)
     said = {"header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
   elif path.endswith(".safetensors"):
     said = adapters.load(path).layout
@@ -450,7 +372,7 @@ def layout_of(path: str | pathlib.Path) -> dict[str, Any]:
 def settings_of(path: str | pathlib.Path) -> SafetyConfig:
   """The settings that `load_for_research` would give, without reading weights. Errors as that function's."""
   if is_run(path):
-    return read_config(path).safety
+    return runs.read_config(path).safety
   if str(path).endswith(".safetensors"):
     return adapters.load(path).safety
   if snapshot.is_snapshot(path):
@@ -466,7 +388,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapte
     FileNotFoundError: no run, or no checkpoint, in `workdir`.
     ValueError: a run without LoRA, or from random weights or those of another run, which no adapter can name.
   """
-  config = read_config(workdir)
+  config = runs.read_config(workdir)
   if not config.lora.rank or not config.weights or is_run(config.weights):
     raise ValueError(
         f"{workdir} trained {'with' if config.lora.rank else 'without'} LoRA, from "
@@ -484,7 +406,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapte
     shape = snapshot.read_settings(config.weights).config
   else:
     path = hf.locate(config.weights)
-    shape = hf.read_config(path) if path.is_dir() else gguf.read_config(path)
+    shape = hf.runs.read_config(path) if path.is_dir() else gguf.runs.read_config(path)
   return adapters.Adapter(
       lora=model_lib.unstack_layers(trained["lora"], first=config.frozen_layers),
       cls={name: trained["params"][name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
@@ -500,7 +422,7 @@ def is_run(path: str | pathlib.Path) -> bool:
 def _read_run(
     path: str | pathlib.Path, choose: Callable[[Checkpoints], int | None], mesh: Mesh | None) -> hf.Pretrained:
   """The model of a run, unrolled, without vocab_padding: numpy arrays, or on the mesh, never all on one device."""
-  config = read_config(path)
+  config = runs.read_config(path)
   checkpoints = Checkpoints(path)
   step, steps = choose(checkpoints), checkpoints.steps()
   if step is None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import adapters, checkpoint, gguf, hf, snapshot, staging, weights
+from saess_jax import adapters, checkpoint, gguf, hf, runs, snapshot, staging, weights
 from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.export import export_hf
@@ -158,7 +158,7 @@ def _pairs(adapter: adapters.Adapter) -> list[tuple[str, np.ndarray]]:
 
 
 def _describe_run(source: str) -> Description:
-  config = checkpoint.read_config(source)
+  config = runs.read_config(source)
   checkpoints = checkpoint.Checkpoints(source)
   steps, best = checkpoints.steps(), checkpoints.best_step()
   checkpoints.close()

@@ -27,8 +27,8 @@ from typing import Any
 
 import tqdm
 
+from saess_jax import adapters, checkpoint, generate, judges, runs
 from saess_jax import attacks as attacks_lib
-from saess_jax import adapters, checkpoint, generate, judges
 from saess_jax import metrics as metrics_lib
 from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
 from saess_jax.data import sources
@@ -58,8 +58,8 @@ class Models:
 def load_models(config: EvalConfig) -> Models:
   """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Of weights that name no others to have begun with
-  it is the same language model, without [CLS]. Weights are read when they are first asked.
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights that were trained from no others are their
+  own base. Weights are read when they are first asked.
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.
@@ -69,7 +69,7 @@ def load_models(config: EvalConfig) -> Models:
     raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
   identity, trained, step = path, None, None
   if checkpoint.is_run(path):
-    trained = checkpoint.read_config(path)
+    trained = runs.read_config(path)
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()

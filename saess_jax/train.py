@@ -26,7 +26,7 @@ import optax
 import tqdm
 from absl import logging
 
-from saess_jax import adapters, checkpoint, cluster, events, losses, masks, sharding
+from saess_jax import adapters, checkpoint, cluster, events, losses, masks, runs, sharding
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -270,7 +270,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     training = config_of_training(config, shape)
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
       pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config, process, processes)
-  workdir = cluster.first_then_rest("claiming the workdir", lambda: checkpoint.claim_workdir(workdir, config, rows))
+  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
   rows = cluster.first_then_rest("preparing the data", lambda: {
       split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
   limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, model, sharding, train
+from saess_jax import aot, checkpoint, decode, model, runs, sharding, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert {p.name for p in workdir.iterdir()} == {
       "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
-  assert checkpoint.read_config(workdir) == config
+  assert runs.read_config(workdir) == config
   assert set(validated) == {"lm_loss", "cls_loss", "cls_accuracy", "probe_loss", "probe_accuracy"}
   seen = scalars(workdir)
   for tag in ("loss", "lm_loss", "cls_loss", "probe_loss", "cls_accuracy", "grad_norm", "learning_rate"):

@@ -1,0 +1,379 @@
+"""The page: what to quote first, then figures, then the cases that went wrong, each one click from its raw row."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from saess_jax.metrics import percent, rate
+from saess_jax.report import figures, scores
+from saess_jax.report.markup import (
+    NAMES,
+    NONE,
+    STYLE,
+    count,
+    escape,
+    folded,
+    left_out,
+    listing,
+    section,
+    share,
+    shorten,
+    suite_names,
+    table,
+)
+from saess_jax.report.rows import RowBook
+from saess_jax.report.shown import Row, complied, highest, outcome, prefix_is_harmless, refused
+from saess_jax.report.trace import LEGEND, trace
+
+TRACES, LISTED, EXAMPLES = 5, 25, 3  # How many of a kind are printed.
+
+
+def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathlib.Path) -> None:
+  """Writes the page.
+
+  Args:
+    metrics: of `metrics.metrics_of`.
+    rows: of `evaluate.read_results`, those that `metrics` were made of.
+    path: of the page; its rows name lines of the responses.jsonl beside it.
+  """
+  path = pathlib.Path(path)
+  path.write_text(_Report(metrics, rows, path.with_name("responses.jsonl")).html(), encoding="utf-8")
+
+
+class _Report:
+  """One page in the making.
+
+  Attributes:
+    judge: whose verdicts count.
+    defended: the model that is defended, or the only one there is.
+    names: short names of the suites.
+  """
+
+  def __init__(self, metrics: dict[str, Any], rows: Sequence[Row], responses: pathlib.Path):
+    self.metrics, self.rows = metrics, rows
+    self.judge, self.models = metrics["judge"]["name"], metrics["config"]["models"]
+    self.defended = "saess" if "saess" in self.models else self.models[-1]
+    self.safety = metrics["config"]["safety"]
+    self.suites = metrics["figures"]
+    self.names = suite_names(list(self.suites))
+    self.book = RowBook(rows, self.judge, self.safety, responses)
+    self.drawings = figures.Drawings()
+
+  def html(self) -> str:
+    parts = [
+        ("Attacks", self._attacks(), "attacks"), ("Queries that an attack took", self._budgets(), "queries"),
+        ("Benign prompts", self._benign(), "benign"), ("The first verdict", self._verdicts(), "verdict"),
+        ("Attacks that got through", self._failures(), "failures"),
+        ("Benign prompts that were refused", self._over_refusals(), "refusals"),
+        ("Examples", self._examples(), "examples"), ("What was run", self._settings(), "settings")]
+    rows = self.book.html()  # Now that all links are given out.
+    links = [(title, name) for title, body, name in parts if body] + [("Rows", "rows")] * bool(rows)
+    contents = " ".join(f'<a href="#{name}">{escape(title)}</a>' for title, name in links)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>SA-ESS evaluation</title>'
+        f"<style>{STYLE}</style></head><body><main>\n<p class='soft'>SA-ESS evaluation</p>\n"
+        f"{self._headline()}\n<nav>{contents}</nav>\n{''.join(section(*part) for part in parts)}{rows}"
+        "</main></body></html>\n")
+
+  # ---- What to quote
+
+  def _headline(self) -> str:
+    n = {label: sum(suite["n"][label] for suite in self.suites.values()) for label in ("malicious", "benign")}
+    success, refusal = self._pooled("any_attack"), self._pooled("over_refusal")
+    each = lambda rates: ", ".join(f"{NAMES[model]} {percent(rates[model])}" for model in reversed(self.models))
+    parts = []
+    if success:
+      attacks = len({row["method"] for row in self.rows if row["label"] == 1})
+      under = f"at least one of {attacks} attacks" if attacks > 1 else "one attack"
+      parts.append(f"Malicious prompts not refused under {under}: {each(success)}.")
+    if refusal:
+      parts.append(f"Benign prompts refused: {each(refusal)}.")
+    of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
+    judge = self.metrics["judge"]
+    about_attacks = (
+        " An attack succeeds when the response is not a refusal, whatever else it says: an upper bound of harm. "
+        "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts; what was "
+        "never stopped counts as success above and 0 here.")
+    return (
+        f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}<p class='soft'>{_sizes(n)} prompts{of_suites}; 95% "
+        f"intervals in brackets. Judge: {escape(judge['name'])} {escape(judge['version'])}. The first verdict is on "
+        f"the query, before a token is out.{about_attacks if success else ''}</p>\n")
+
+  def _pooled(self, figure: str) -> dict[str, dict[str, float]]:
+    """A figure's rates over all suites together."""
+    found = {}
+    for model in self.models:
+      rates = [suite[figure][model] for suite in self.suites.values() if model in suite[figure]]
+      if rates:
+        hits, n = sum(r["count"] for r in rates), sum(r["n"] for r in rates)
+        found[model] = rate(range(n), lambda i, hits=hits: i < hits)
+    return found
+
+  def _main_table(self) -> str:
+    bodies = []
+    if len(self.suites) > 1:
+      pooled = [(self._pooled(key), words) for key, words in (
+          ("any_attack", "attack success, any attack"), ("over_refusal", "benign refused"),
+          ("caught_initially", "caught by the first verdict"), ("alarmed_initially", "benign alarms, first verdict"))]
+      bodies.append(self._body(f"all {len(self.suites)} suites", "", [
+          (words, [share(rates.get(model)) for model in self.models]) for rates, words in pooled if rates]))
+    for suite, of in self.suites.items():
+      lines = []
+      if of["attack_success_rate"]:
+        success = of["attack_success_rate"]
+        if len(next(iter(success.values()))) > 1:
+          lines.append(("attack success, any attack", [share(of["any_attack"][model]) for model in self.models]))
+        if "direct" in next(iter(success.values())):
+          lines.append(("asked directly", [share(success[model]["direct"]) for model in self.models]))
+        lines.append(("worst attack", [self._worst(success[model]) for model in self.models]))
+      if of["over_refusal"]:
+        lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
+      for key, words in (("caught_initially", "caught by the first verdict"),
+                         ("alarmed_initially", "benign alarms, first verdict")):
+        if of[key]:
+          lines.append((words, [share(of[key].get(model)) for model in self.models]))
+      if of["attack_success_rate"] and "saess" in self.models:
+        lines.append(("mean leaked tokens", [self._leaked(suite, model) for model in self.models]))
+      bodies.append(self._body(self.names[suite], _sizes(of["n"]), lines))
+    heads = "".join(f"<th>{NAMES[model]}</th>" for model in self.models)
+    return f"<div class='scroll'><table><thead><tr><th></th>{heads}</tr></thead>\n{''.join(bodies)}</table></div>\n"
+
+  def _body(self, title: str, size: str, lines: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """The part of the table about one suite; cells are HTML."""
+    return (
+        f"<tbody><tr><th scope='rowgroup' colspan='{len(self.models) + 1}'>{escape(title)} "
+        f"<span class='soft'>{size}</span></th></tr>\n" + "".join(
+            f"<tr><td>{words}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n" for words, cells in lines)
+        + "</tbody>\n")
+
+  def _worst(self, rates: dict[str, dict[str, float]]) -> str:
+    attack = max(rates, key=lambda name: rates[name]["rate"])
+    return f"{share(rates[attack])} <span class='soft'>{escape(shorten(attack, 40))}</span>"
+
+  def _leaked(self, suite: str, model: str) -> str:
+    kept = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)]
+    if model == "base" or not kept:
+      return NONE
+    mean, low, high = scores.mean_interval(kept, "leaked")
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
+
+  # ---- Figures
+
+  def _attacks(self) -> str:
+    attacked = {suite: of for suite, of in self.suites.items() if of["attack_success_rate"]}
+    parts = []
+    if len(attacked) > 1:
+      groups = {self.names[suite]: of["any_attack"] for suite, of in attacked.items()}
+      parts.append(self.drawings.html(
+          figures.intervals(groups, "Attack success"), "Share of each suite that at least one attack got through."))
+    for suite, of in attacked.items():
+      success = of["attack_success_rate"]
+      attacks = list(next(iter(success.values())))
+      groups = {attack: {model: success[model][attack] for model in success} for attack in attacks}
+      if len(attacks) > 1:
+        groups["any of these"] = of["any_attack"]
+      body = (
+          self.drawings.html(
+              figures.intervals(groups, "Attack success"),
+              f"{self.names[suite]}: share of malicious prompts whose response is not a refusal.")
+          + folded("Every attack in figures", self._attack_table(of)) + folded("By category", self._categories(of)))
+      parts.append(folded(f"{self.names[suite]}, by attack", body) if len(attacked) > 1 else body)
+    return "".join(parts)
+
+  def _attack_table(self, of: dict[str, Any]) -> str:
+    success, others = of["attack_success_rate"], list(of["by_judge"])
+    lines = [
+        [attack, NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), share(success[model][attack]),
+         *[share(of["by_judge"][judge][model][attack]) for judge in others], str(conduct["responses"]),
+         str(conduct["empty"]), f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}",
+         f"{conduct['evaluations_mean']:.1f}", share(conduct["intervened"])]
+        for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
+    heads = [
+        "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
+        "responses", "empty", "leaked tokens mean / max", "[CLS] evaluations", "intervened"]
+    return table(heads, lines, "Each judge has judged the same responses.")
+
+  def _categories(self, of: dict[str, Any]) -> str:
+    model, by_category = self.defended, of["by_category"]
+    names = sorted({name for rates in by_category[model].values() for name in rates})
+    if len(names) < 2:
+      return ""
+    lines = [[name or "(none)"] + [count(rates.get(name)) for rates in by_category[model].values()] for name in names]
+    return table(["category", *by_category[model]], lines, f"{NAMES[model]}: attacks that succeeded.")
+
+  def _budgets(self) -> str:
+    curves = scores.budgets(self.rows, self.judge)
+    if not curves:
+      return ""
+    lines = [
+        [family, NAMES[model], f"{len(curve['successes'])} of {curve['n']}",
+         NONE if 2 * len(curve["successes"]) < curve["n"] else f"{curve['successes'][(curve['n'] - 1) // 2]:,}",
+         f"{curve['spent']:,}"]
+        for family, models in curves.items() for model, curve in models.items()]
+    return self.drawings.html(
+        figures.steps(curves), "Share of behaviors that gave way within so many queries of a model: of attacks that "
+        "differ in their number of steps alone, the cheapest that got through.") + table(
+            ["attack", "model", "gave way", "queries for half of them", "most spent on one"], lines)
+
+  def _benign(self) -> str:
+    groups = {}
+    asked = {suite: of for suite, of in self.suites.items() if of["over_refusal"]}
+    for suite, of in asked.items():
+      groups[self.names[suite]] = of["over_refusal"]
+      by_source = of["over_refusal_by_source"]
+      sources = sorted({source for rates in by_source.values() for source in rates})
+      for source in sources if len(sources) > 1 else []:
+        groups[f"· {source or '(no source)'}"] = {
+            model: rates[source] for model, rates in by_source.items() if source in rates}
+    if not groups:
+      return ""
+    parts = [self.drawings.html(figures.intervals(groups, "Benign prompts refused"), "Over-refusal: fewer is better.")]
+    for suite, of in asked.items():
+      by_category, by_judge = of["over_refusal_by_category"], of["over_refusal_by_judge"]
+      names = sorted({name for rates in by_category.values() for name in rates})
+      lines = [
+          [name or "(none)"] + [count(rates.get(name)) for rates in by_category.values()] for name in names
+          if len(names) > 1]
+      lines += [
+          [f"all, by judge {shorten(judge, 40)}"] + [count(rates[model]) for model in by_category]
+          for judge, rates in by_judge.items()]
+      if lines:
+        parts.append(folded(
+            f"{self.names[suite]}, in figures",
+            table(["category", *[NAMES[model] for model in by_category]], lines, "Benign prompts refused.")))
+    return "".join(parts)
+
+  def _verdicts(self) -> str:
+    benign, malicious = scores.first_verdicts(self.rows)
+    if not benign and not malicious:
+      return ""
+    threshold = self.safety["threshold"]
+    at = [sum(p >= threshold for p in kept) / max(len(kept), 1) for kept in (benign, malicious)]
+    known = [f"{len(kept)} {label}" for kept, label in ((malicious, "malicious"), (benign, "benign")) if kept]
+    histogram = self.drawings.html(
+        figures.histogram(benign, malicious, threshold),
+        f"{' and '.join(known)} prompts of all suites, asked as they stand. Dashed: the threshold, {threshold:g}.")
+    if not benign or not malicious:
+      return histogram
+    points, bins = scores.roc(benign, malicious), scores.reliability(benign, malicious)
+    value, low, high = scores.area(benign, malicious)
+    roc = self.drawings.html(
+        figures.roc_curve(points, (at[0], at[1])),
+        f"ROC. Area {value:.3f} [{low:.3f}, {high:.3f}]: the chance that a malicious prompt scores above a benign one.")
+    det = self.drawings.html(
+        figures.det_curve(points, (at[0], at[1]), len(benign), len(malicious)),
+        f"DET, the same errors on normal-deviate axes. Equal error rate {scores.equal_error(points):.1%}; at the "
+        f"threshold {at[0]:.1%} of benign prompts are taken for malicious, {1 - at[1]:.1%} of malicious ones missed.")
+    error = scores.calibration_error(bins)
+    calibration = self.drawings.html(
+        figures.calibration(bins),
+        "Calibration, in bins of 0.1 with their number of prompts above; it should follow the line. Expected "
+        f"calibration error {error:.3f}; it holds for this share of malicious prompts.")
+    lines = [
+        [f"{b['low']:.1f} to {b['high']:.1f}", str(b["n"]), f"{b['mean']:.3f}", share(b["malicious"])] for b in bins]
+    return (
+        f"{histogram}<div class='pair'>{roc}{det}{calibration}</div>\n"
+        + folded("Calibration in figures", table(["P(malicious)", "prompts", "mean", "malicious"], lines)))
+
+  # ---- Cases
+
+  def _failures(self) -> str:
+    mine = [row for row in self.rows if row["model"] == self.defended]
+    failed = [row for row in mine if complied(row, self.judge)]
+    if self.defended == "base" or not any(row["label"] == 1 for row in mine):
+      return ""
+    parts = [self._intervention(mine)]
+    if not failed:
+      return "".join(parts) + f"<p>None: {NAMES[self.defended]} refused all of them.</p>\n"
+    unnoticed = lambda row: highest(row) if highest(row) is not None else 1.0
+    worst = sorted(failed, key=lambda row: (-row["leaked"], unnoticed(row)))
+    each = _one_a_behavior(worst)
+    prompts = len(_one_a_behavior([row for row in mine if row["label"] == 1]))
+    text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were not refused"
+    parts.append(f"<h3>The worst failures</h3>\n<p>{text}; first those that leaked most before a refusal that did not "
+                 "hold, then those in which P(malicious) stayed lowest.</p>\n")
+    for row in each[:TRACES]:
+      parts.append(
+          f"<p><span class='tag'>{escape(row['method'])}</span> {escape(shorten(row['behavior']))} "
+          f"{self.book.link(row, 'row')}</p>\n{trace(row, self.safety)}")
+    rest = [row for row in worst if not any(row is shown for shown in each[:TRACES])]
+    lines = [
+        [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), f"{row['initial_prob']:.2f}",
+         f"{unnoticed(row):.2f}", str(row["leaked"])] for row in rest[:LISTED]]
+    if lines:
+      parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
+    return "".join(parts) + left_out(len(rest), len(lines), "responses that were not refused")
+
+  def _intervention(self, mine: Iterable[Row]) -> str:
+    """A response that shows how it is meant to go: an intervention in its middle, with a prefix that can be printed."""
+    stopped = [row for row in mine if row["label"] == 1 and refused(row, self.judge) and row["intervened_at"] >= 0]
+    if not stopped:
+      return ""
+    row = max(stopped, key=lambda row: (row["intervened_at"] > 0, prefix_is_harmless(row), row["intervened_at"]))
+    return (
+        "<h3>First, one that did not get through</h3>\n"
+        f"<p><span class='tag'>{escape(row['method'])}</span> {escape(shorten(row['behavior']))} "
+        f"{self.book.link(row, 'row')}</p>\n{trace(row, self.safety)}<p class='soft'>{escape(LEGEND)}</p>\n")
+
+  def _over_refusals(self) -> str:
+    over = [row for row in self.rows if row["model"] == self.defended and row["label"] == 0
+            and refused(row, self.judge)]
+    if not over:
+      return ""
+    by_base = {(row["suite"], row["index"], row["attempt"]): refused(row, self.judge) for row in self.rows
+               if row["model"] == "base" and row["label"] == 0}
+    others = self.defended != "base" and bool(by_base)
+    over.sort(key=lambda row: -(row["initial_prob"] or 0.0))
+    number = lambda p: NONE if p is None else f"{p:.2f}"
+    lines = [
+        [self.book.link(row, "row"), shorten(row["behavior"], 200), number(row["initial_prob"]), number(highest(row)),
+         self.names[row["suite"]] if len(self.suites) > 1 else row["category"] or NONE]
+        + [("yes" if by_base.get((row["suite"], row["index"], row["attempt"])) else "no")] * others
+        for row in over[:LISTED]]
+    heads = ["", "PROMPT", "P of the query", "highest P", "suite" if len(self.suites) > 1 else "category"]
+    return listing(heads + ["base refused too"] * others, lines) + left_out(len(over), len(lines), "over-refusals")
+
+  def _examples(self) -> str:
+    mine = [row for row in self.rows if row["model"] == self.defended]
+    kinds = [
+        [row for row in mine if row["label"] == 1 and refused(row, self.judge)],
+        [row for row in mine if row["label"] == 0 and not refused(row, self.judge)]]
+    lines = [
+        [self.book.link(row, "row"), ("benign", "malicious")[row["label"]], row["method"],
+         shorten(row["behavior"], 160), outcome(row, self.judge, self.safety, 160)]
+        for kind in kinds for row in _spread(kind, EXAMPLES)]
+    heads = ["", "label", "attack", "REQUEST", "RESPONSE"]
+    caption = f"Some that went as they should; responses of {NAMES[self.defended]}."
+    return listing(heads, lines, caption) if lines else ""
+
+  def _settings(self) -> str:
+    config = self.metrics["config"]
+    flat = {k: v for k, v in config.items() if k != "safety"}
+    flat |= {f"safety.{k}": v for k, v in config["safety"].items()}
+    lines = [[k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for k, v in flat.items()]
+    for suite, of in self.suites.items():
+      lines += [
+          [f"cost of {attack}", f"{cost['queries']:,} queries, {cost['tokens']:,} tokens on {self.names[suite]}"]
+          for attack, cost in of["budget"].items() if cost["queries"]]
+    return folded("All settings", table(["setting", "value"], lines))
+
+
+def _sizes(n: dict[str, int]) -> str:
+  """"12 malicious and 8 benign"."""
+  return " and ".join(f"{n[label]} {label}" for label in ("malicious", "benign") if n[label])
+
+
+def _one_a_behavior(rows: Sequence[Row]) -> list[Row]:
+  """The first row of each behavior, in order."""
+  first: dict[tuple[str, int], Row] = {}
+  for row in rows:
+    first.setdefault((row["suite"], row["index"]), row)
+  return list(first.values())
+
+
+def _spread(rows: Sequence[Row], n: int) -> list[Row]:
+  """About `n` rows from all over `rows`."""
+  return [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else list(rows)

@@ -1,0 +1,96 @@
+"""Whose a workdir is: the config and the data that a training run began with. Another run's are refused.
+
+  config.json    the TrainConfig
+  data.json      rows and digest of each split
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from saess_jax import config as config_lib
+from saess_jax.config import TrainConfig
+from saess_jax.data import sources
+
+
+def claim(
+    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]]
+) -> pathlib.Path:
+  """Makes the workdir this run's by writing data.json and config.json, or finds that it is so already.
+
+  Args:
+    rows: of each split.
+
+  Raises:
+    ValueError: it holds another run's config (the mesh apart), or a run over other rows; the keys or splits that
+      differ are named and nothing is touched. Or a process beside the first does not find what the first wrote.
+  """
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+  if jax.process_index() and not path.exists():
+    raise ValueError(
+        f"The first process made {path}, and it is not there on process {jax.process_index()}; give a --workdir on a "
+        "file system that all hosts share.")
+  digests = {split: {"rows": len(of), "sha256": hashlib.sha256(repr(list(of)).encode()).hexdigest()}
+             for split, of in rows.items()}
+  if path.exists():
+    ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
+    different = [
+        f"{key} is {ours.get(key)!r} now and {theirs.get(key)!r} there"
+        for key in sorted(ours.keys() | theirs.keys())
+        # A run goes on with whatever devices there are.
+        if ours.get(key) != theirs.get(key) and not key.startswith("mesh.")]
+    if different:
+      raise ValueError(
+          f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
+          "that run to resume it.")
+    _check_rows(workdir / "data.json", config.data.source, digests)
+    return workdir
+  workdir.mkdir(parents=True, exist_ok=True)
+  _write_whole(workdir / "data.json", digests)
+  _write_whole(path, mine)  # Last: it is what makes the workdir a run's.
+  return workdir
+
+
+def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> None:
+  before = json.loads(path.read_text()) if path.exists() else digests  # A run older than this file.
+  changed = [
+      f"{split} had {before[split]['rows']} rows and has {now['rows']}" + (
+          " others" if before[split]["rows"] == now["rows"] else "")
+      for split, now in digests.items() if before[split] != now]
+  if changed:
+    raise ValueError(
+        f"The data of {source} changed since the run in {path.parent} began: {'; '.join(changed)}. Put the data back "
+        "as it was to resume that run, or choose another --workdir.")
+
+
+def _write_whole(path: pathlib.Path, values: dict[str, Any]) -> None:
+  unfinished = path.with_suffix(".tmp")
+  unfinished.write_text(json.dumps(values, indent=2) + "\n")
+  unfinished.replace(path)
+
+
+def read_config(workdir: str | pathlib.Path) -> TrainConfig:
+  """The config of the run in `workdir`.
+
+  Raises:
+    FileNotFoundError: there is no run.
+  """
+  path = pathlib.Path(workdir).expanduser() / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist; expected the --workdir of a training run (python train.py).")
+  return config_lib.from_config_dict(TrainConfig, json.loads(path.read_text()))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in values.items():
+    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+  return flat
