@@ -58,8 +58,8 @@ class Models:
 def load_models(config: EvalConfig) -> Models:
   """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights that were trained from no others are their
-  own base. Weights are read when they are first asked.
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights that were trained from no others are
+  their own base. Weights are read when they are first asked.
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.

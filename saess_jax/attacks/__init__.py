@@ -1,27 +1,45 @@
-"""Attacks by name: "direct", "prefill_N" and "prefill_own_N" for N tokens."""
+"""Attacks by name; N stands for a number, PATH for a file."""
 
 from __future__ import annotations
 
+import functools
 import re
 
+from saess_jax.attacks import encodings, templates
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
+from saess_jax.attacks.files import File
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
+from saess_jax.attacks.sampling import Sampling
+from saess_jax.attacks.trigger import FakeRefusal, Filler, Injection, Late
+from saess_jax.attacks.turns import ManyShot, MultiTurn
 
 __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
 
-# A name, with N for a number of at least 1 -> what makes the attack, given that number if there is one.
-ATTACKS = {"direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn}
+# A name, with N for a number of at least 1 or PATH for a file -> what makes the attack, given these if there are any.
+ATTACKS = {
+    "direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn, "sampling": Sampling, "sampling_N": Sampling,
+    "nested": templates.nested, "roleplay": templates.roleplay, "suppression": templates.suppression,
+    "splitting": templates.Splitting, "past": templates.Past, "translation": templates.translation,
+    "persuasion": templates.persuasion, "persuasion_N": templates.persuasion,
+    **{name: functools.partial(encodings.Encoded, name) for name in encodings.WRITINGS},
+    "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler, "late_N": Late, "fake_refusal": FakeRefusal,
+    "injection": Injection, "file:PATH": File,
+}
 
 
 def make_attack(name: str) -> Attack:
   """"prefill_10" -> Prefill(10).
 
   Raises:
-    ValueError: no attack of that name.
+    ValueError: no attack of that name, or a number that it does not take; what reading a file raises.
   """
+  kind, _, path = name.partition(":")
+  if path and f"{kind}:PATH" in ATTACKS:
+    return ATTACKS[f"{kind}:PATH"](path)
   number = re.fullmatch(r"(.*_)([1-9]\d{0,3})", name)
   family = f"{number[1]}N" if number else name
-  if family not in ATTACKS or family.endswith("_N") != bool(number):
-    raise ValueError(f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number of tokens for N.")
+  if family not in ATTACKS or family.endswith("_N") != bool(number) or ":" in family:
+    raise ValueError(
+        f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number (of tokens, attempts, turns) for N.")
   return ATTACKS[family](int(number[2])) if number else ATTACKS[family]()
