@@ -76,7 +76,8 @@ def test_scores(server):
   path, key, body = server.requests[0]
   assert (path, key) == ("/v1/chat/completions", "Bearer a-key")
   assert body["model"] == "gpt-4o-mini" and body["temperature"] == 0
-  assert "<<<request\nBake bread.\nrequest>>>\n\n<<<response\nTake 0 eggs.\nresponse>>>" in body["messages"][1]["content"]
+  question = body["messages"][1]["content"]
+  assert "<<<request\nBake bread.\nrequest>>>\n\n<<<response\nTake 0 eggs.\nresponse>>>" in question
   assert judge.spent == pytest.approx(4 * (100 * 0.15 + 20 * 0.60) / 1e6)
   assert "gpt-4o-mini at http://127.0.0.1" in verdicts[0].version
 
