@@ -27,7 +27,7 @@ class Server(http.server.ThreadingHTTPServer):
 
   def __init__(self):
     super().__init__(("127.0.0.1", 0), Handler)
-    self.replies, self.requests = [], []
+    self.replies, self.requests, self.over = [], [], threading.Event()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,7 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.server.requests.append((self.path, self.headers["Authorization"], body))
     status, content, *headers = self.server.replies.pop(0)
     if content is None:
-      time.sleep(0.6)
+      self.server.over.wait(5)
       return
     self.send_response(status)
     for name, value in (headers[0] if headers else {}).items():
@@ -55,6 +55,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1/")
     yield server
+    server.over.set()
     server.shutdown()
 
 
@@ -92,7 +93,9 @@ def test_errors_that_pass_are_waited_for(server):
 def test_timeouts_are_tried_again(server):
   server.replies = [(200, None), graded(1, 1, 1)]
   judge, waits = judge_of(timeout=0.2)
+  began = time.monotonic()
   assert judge.judge_many(ROWS[:1])[0].refused and waits == [1.0]
+  assert time.monotonic() - began < 3  # The server was silent for longer.
 
 
 def test_a_server_that_keeps_failing_stops_the_run_and_keeps_what_was_judged(server):
