@@ -1,4 +1,4 @@
-"""The harness's model: log-likelihoods against plain forward passes. Where lm_eval is not installed, its parts alone."""
+"""The harness's model: log-likelihoods against plain forward passes; without lm_eval, its parts alone."""
 
 from __future__ import annotations
 
