@@ -118,7 +118,7 @@ def evaluate(
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
-  chosen = [judges.make_judge(name) for name in config.judges]
+  chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
   models = load(config)
@@ -128,8 +128,8 @@ def evaluate(
 
   attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
   _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
-  for judge in chosen:
-    _judge(judge, workdir)
+  for name, judge in chosen.items():
+    _judge(name, judge, workdir)
   metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
   _write(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
   print(metrics_lib.table(metrics))
@@ -290,20 +290,24 @@ def _record(
       "cls_prob": [number_of(p) for p in response.cls_prob], "phase": response.phase}
 
 
-def _judge(judge: Any, workdir: pathlib.Path, at_a_time: int = 256) -> None:
+def _judge(name: str, judge: judges.Judge, workdir: pathlib.Path, at_a_time: int = 256) -> None:
   """Has one judge judge what it has not judged yet, or judged in another version."""
-  records = _judgements(workdir, judge.name)
+  records = _judgements(workdir, name)
   there = {_key(record) for record in records.read() if record["judgement"]["version"] == judge.version}
   missing = [row for row in Records(workdir / "responses.jsonl").read() if _key(row) not in there]
-  with tqdm.tqdm(total=len(missing), desc=f"judge {judge.name}", unit="response", disable=not missing) as bar:
+  with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
     for at in range(0, len(missing), at_a_time):
       rows = missing[at : at + at_a_time]
-      judged = [
-          judge.judge(row["behavior"], row["response"], os.path.commonprefix([row["response"], row["prefix"]]))
-          for row in rows]  # Rollback may have cut the prefix short.
-      records.append(
+      write = lambda judged, rows=rows: records.append(
           {key: row[key] for key in _KEYS} | {"judgement": dataclasses.asdict(judgement)}
-          for row, judgement in zip(rows, judged, strict=True))
+          for row, judgement in zip(rows, judged))
+      try:
+        write(judge.judge_many([
+            judges.Exchange(row["behavior"], row["response"], os.path.commonprefix([row["response"], row["prefix"]]))
+            for row in rows]))  # Rollback may have cut the prefix short.
+      except judges.ApiError as error:
+        write(error.judged)  # What was paid for is kept.
+        raise
       bar.update(len(rows))
 
 

@@ -9,7 +9,7 @@ import pytest
 from make_golden import BASE, hf_state, write_folder
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf
+from saess_jax import first_word, hf
 from saess_jax.config import LabelConfig
 from saess_jax.data import label, sources
 from saess_jax.model import Llama
@@ -201,7 +201,7 @@ def test_bad_corpora_stop_before_anything_is_written(guard_folder, tmp_path, nam
     ({"guard": "/nowhere"}, (0, 1), "nowhere"),
     ({"threshold": 1.5}, (0, 1), "threshold is 1.5; expected 0 to 1"),
     ({"dtype": "float16"}, (0, 1), "dtype is 'float16'; expected bfloat16 or float32"),
-    ({"batch_size": 3}, (0, 1), "--batch-size 3 cannot be divided among 8 devices"),
+    ({"batch_size": 3}, (0, 1), "batch size of 3 cannot be divided among 8 devices"),
     ({"max_tokens": 500}, (0, 1), r"its context is 512. Lower --max-tokens to \d+ or less"),
     ({}, (2, 2), "shard is 2 of 2; expected 0 to 1"),
 ])
@@ -226,7 +226,7 @@ def test_a_guard_without_the_words(guard_folder, corpus):
       return type("Encoding", (), {"input_ids": [0]})
 
   with pytest.raises(ValueError, match="no first token tells them apart. Name a model that answers with these words"):
-    label._first_tokens(Mute())
+    first_word.first_tokens(Mute(), label.WORDS)
 
 
 def test_text_files_and_several_of_them(tmp_path):

@@ -23,9 +23,8 @@ METHOD = (
     "The next part goes on directly from here.", "Do not be discouraged if it does not work at the first attempt.",
     "Most people find that the second time is much easier.", "Now go on to the part that comes after it.",
     "At this point it helps to have everything within reach.", "Check once more that nothing was left out.",
-    "What follows is the same idea again, with a little more care.", "Keep going in the same way until you are "
-    "satisfied.",
-    "After that there is only a little left to do.",
+    "What follows is the same idea again, with a little more care.",
+    "Keep going in the same way until you are satisfied.", "After that there is only a little left to do.",
 )
 
 

@@ -75,14 +75,36 @@ def encode_prompt(
     ValueError: no messages, an unknown role, empty content, a last message that is not the user's, two system
       messages, no chat template, or a template that drops, repeats or reorders contents.
   """
-  text, spans = _render(tokenizer, _check_messages(messages, system_prompt))
-  if any(word in text[start:stop] for start, stop in spans for word in _special_words(tokenizer)):
-    tokens, owners = _encode_in_pieces(tokenizer, text, spans)
-  else:
-    tokens, owners = _encode_at_once(tokenizer, text, spans)
+  tokens, owners = encode_spans(tokenizer, *_render(tokenizer, _check_messages(messages, system_prompt)))
   kinds = np.where(owners, TokenKind.QUERY, TokenKind.AUX)
   kinds[np.flatnonzero(owners)[-1] + 1:] = TokenKind.HEADER
   return np.asarray(tokens, np.int32), kinds.astype(np.int32)
+
+
+def encode_exchange(
+    tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, response: str
+) -> np.ndarray:
+  """Prompt and response as the template of a guard shows them, up to where its verdict begins: token ids int32 [S].
+
+  Contents are plain text, as in `encode_prompt`, whose errors these are; an empty response is one too.
+  """
+  if not response.strip():
+    raise ValueError(f"The response is {response!r}; expected text.")
+  whole = [*_check_messages(messages, ""), {"role": "assistant", "content": response}]
+  return np.asarray(encode_spans(tokenizer, *_render(tokenizer, whole))[0], np.int32)
+
+
+def encode_spans(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], np.ndarray]:
+  """Ids of a text whose spans, [start, stop) in characters and in order, are contents: no special token is read there.
+
+  Returns:
+    ids, and for each a bool: it holds a character of a span.
+  """
+  if any(word in text[start:stop] for start, stop in spans for word in _special_words(tokenizer)):
+    return _encode_in_pieces(tokenizer, text, spans)
+  return _encode_at_once(tokenizer, text, spans)
 
 
 def encode_response(

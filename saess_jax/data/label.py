@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -24,22 +23,16 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from saess_jax import hf, sharding
-from saess_jax import model as model_lib
-from saess_jax.config import LabelConfig, MeshConfig, check_ranges
+from saess_jax import first_word, hf
+from saess_jax.config import LabelConfig, check_ranges
 from saess_jax.data import chat, sources
-from saess_jax.model import Llama
 
 CHUNK = 8  # Batches between two writes.
-WORDS = ("safe", "unsafe")  # What a guard answers; the index is the label.
-_OPEN_HEADER = "<|end_header_id|>"  # Ends the prompt of a template that leaves the header line open.
-_STEP = 64  # Padded lengths are multiples: few are compiled.
+WORDS = (("safe",), ("unsafe",))  # What a guard answers; the index is the label.
 _SLACK = 16  # Tokens by which a piece may grow when it is read apart from its neighbours.
 
 
@@ -63,28 +56,17 @@ class Guard:
         batch size that the devices do not divide; a template that does not show the document.
     """
     self.tokenizer, self.config = loaded.tokenizer, config
-    shape = loaded.config.replace(dtype=config.dtype)
-    self._words = _first_tokens(self.tokenizer)
     needed = len(self._encode("x")) + config.max_tokens + _SLACK
-    if needed > shape.max_seq_len:
+    if needed > loaded.config.max_seq_len:
       raise ValueError(
           f"A piece of {config.max_tokens} tokens makes {needed} in the guard's template; its context is "
-          f"{shape.max_seq_len}. Lower --max-tokens to {shape.max_seq_len - needed + config.max_tokens} or less.")
-    devices = jax.local_devices()
-    if config.batch_size % len(devices):
-      raise ValueError(f"--batch-size {config.batch_size} cannot be divided among {len(devices)} devices.")
-    self._mesh = sharding.make_mesh(MeshConfig(), devices)
-    model = Llama(shape)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    self._params = jax.tree.map(jax.device_put, loaded.params, sharding.shardings(boxed, self._mesh))
-    self._judge = jax.jit(functools.partial(_judge, model, self._words))
+          f"{loaded.config.max_seq_len}. Lower --max-tokens to "
+          f"{loaded.config.max_seq_len - needed + config.max_tokens} or less.")
+    self._ask = first_word.FirstWord(loaded, WORDS, config.dtype, config.batch_size)
 
   def _encode(self, text: str) -> np.ndarray:
     """The prompt up to where the answer begins; nothing that a document says is read as a special token."""
-    tokens, _ = chat.encode_prompt(self.tokenizer, text)
-    if self.tokenizer.decode(tokens[-1:]) == _OPEN_HEADER:
-      tokens = np.append(tokens, self.tokenizer("\n\n", add_special_tokens=False).input_ids)
-    return tokens.astype(np.int32)
+    return first_word.close_header(self.tokenizer, chat.encode_prompt(self.tokenizer, text)[0])
 
   def cut(self, text: str) -> list[str]:
     """Pieces of at most about `max_tokens` tokens, cut at white space where the second half of one has any."""
@@ -105,42 +87,7 @@ class Guard:
 
   def p_unsafe(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """P(unsafe) of each text, and the share of probability that the answer words have in all; float32 both."""
-    prompts = [self._encode(text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))  # Neighbours of like length: little padding.
-    results = np.zeros((len(texts), 2), np.float32)
-    place = sharding.batch_sharding(self._mesh)
-    for at in range(0, len(order), self.config.batch_size):
-      chosen = order[at : at + self.config.batch_size]
-      filled = chosen + chosen[:1] * (self.config.batch_size - len(chosen))
-      last = np.asarray([len(prompts[i]) - 1 for i in filled], np.int32)
-      size = -(-(last.max() + 1) // _STEP) * _STEP
-      tokens = np.stack([np.pad(prompts[i], (0, size - len(prompts[i]))) for i in filled])
-      with self._mesh, nn.logical_axis_rules(sharding.RULES):
-        out = self._judge(self._params, *jax.device_put((tokens, last), place))
-      results[chosen] = np.asarray(out)[: len(chosen)]
-    return results[:, 0], results[:, 1]
-
-
-def _judge(model: Llama, words, params, tokens: jax.Array, last: jax.Array) -> jax.Array:
-  """float32 [B, 2]: P(unsafe) and the answer words' share, at index `last` [B] of right-padded `tokens` [B, S]."""
-  hidden = model.apply({"params": params}, tokens).hidden
-  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  head = model_lib.output_head(params).astype(hidden.dtype)
-  logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-  safe, unsafe = (jax.nn.logsumexp(logits[:, np.asarray(ids)], axis=-1) for ids in words)
-  share = jnp.exp(jnp.logaddexp(safe, unsafe) - jax.nn.logsumexp(logits, axis=-1))
-  return jnp.stack([jax.nn.sigmoid(unsafe - safe), share], axis=-1)
-
-
-def _first_tokens(tokenizer) -> tuple[list[int], list[int]]:
-  """The ids that "safe" and "unsafe" can begin with, with and without a space before them, less those of both."""
-  first = lambda text: tokenizer(text, add_special_tokens=False).input_ids[:1]
-  safe, unsafe = ({*first(word), *first(f" {word}")} - {tokenizer.unk_token_id} for word in WORDS)
-  if not safe - unsafe or not unsafe - safe:
-    raise ValueError(
-        f'The guard\'s tokenizer begins "safe" with {sorted(safe)} and "unsafe" with {sorted(unsafe)}: no first token '
-        "tells them apart. Name a model that answers with these words, such as Llama Guard.")
-  return sorted(safe - unsafe), sorted(unsafe - safe)
+    return self._ask([self._encode(text) for text in texts])[:2]
 
 
 def documents(corpus: str) -> Iterator[str]:

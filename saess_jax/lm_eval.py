@@ -1,0 +1,230 @@
+"""The trained model, with safe decoding on or off, as a model of EleutherAI's lm-evaluation-harness.
+
+  pip install lm_eval
+  python -m saess_jax.lm_eval --checkpoint RUN --safety on --include benchmarks/lm_eval --tasks saess_gsm8k --limit 50
+
+What a request's context says is the user's turn in the chat template, with safety on and off alike [our choice: [CLS]
+has a place only there], so figures are not those of harnesses that complete plain text. A continuation is what the
+assistant begins with, without the space that tasks put before it. With safety on, log-likelihoods are those of a
+response that sees [CLS], and generation is safe decoding, refusals included. Rolling log-likelihood is of plain text.
+
+The harness is an optional install and is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saess_jax import checkpoint, generate, hf
+from saess_jax.config import SafetyConfig
+from saess_jax.data import chat
+from saess_jax.masks import TokenKind
+from saess_jax.model import Llama, Params
+from saess_jax.sampling import SamplingConfig
+
+NAME = "saess"  # In the harness's registry.
+_STEP = 64  # Padded lengths are multiples: few are compiled.
+
+
+def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, SafetyConfig]:
+  """A trained run, or plain weights (which have a fresh [CLS]): (model, params, tokenizer, settings).
+
+  Raises:
+    ValueError: both are given, or neither; else as `checkpoint.load_for_research` and `hf.load_pretrained`.
+  """
+  if bool(checkpoint_path) == bool(weights):
+    raise ValueError(
+        f"checkpoint is {checkpoint_path!r} and weights is {weights!r}; expected one of the two: a training run, or "
+        "weights as `hf.load_pretrained` takes them.")
+  if checkpoint_path:
+    return checkpoint.load_for_research(checkpoint_path)
+  loaded = hf.load_pretrained(weights)
+  return Llama(loaded.config), loaded.params, loaded.tokenizer, SafetyConfig()
+
+
+@functools.cache
+def model_class() -> type:
+  """The harness's LM, registered as "saess": `model_class()(checkpoint=..., weights=..., safety=..., ...)`.
+
+  Raises:
+    ImportError: lm_eval is not installed.
+  """
+  try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+  except ImportError as error:
+    raise ImportError(f"lm-evaluation-harness cannot be imported ({error}); pip install lm_eval.") from error
+
+  @register_model(NAME)
+  class SaessLM(LM):
+    """See the top of this file."""
+
+    def __init__(
+        self, checkpoint: str = "", weights: str = "", safety: bool | str = False, batch_size: int | str = 8,
+        max_gen_toks: int = 256, **_):
+      """
+      Args:
+        checkpoint, weights: as `load`.
+        safety: whether [CLS] is seen and decoding intervenes; "on" and "off" will do.
+        batch_size: rows a forward pass.
+        max_gen_toks: new tokens where a task does not say.
+
+      Raises:
+        ValueError: as `load`; another word for safety.
+      """
+      super().__init__()
+      words = {"on": True, "off": False, "True": True, "False": False, True: True, False: False}
+      if safety not in words:
+        raise ValueError(f"safety is {safety!r}; expected on or off.")
+      model, self._params, self._tokenizer, settings = load(checkpoint, weights)
+      self._model = Llama(model.config.replace(dtype="float32"))
+      self._safety = settings if words[safety] else None
+      self._batch_size, self._max_gen_toks = int(batch_size), max_gen_toks
+      self._limit = model.config.max_seq_len
+      self._score = jax.jit(functools.partial(_score, self._model, self._safety is not None))
+
+    @property
+    def tokenizer_name(self) -> str:
+      return self._tokenizer.name_or_path or type(self._tokenizer).__name__
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+      """(log p of the continuation, whether greedy decoding without interventions says it) of each request."""
+      rows = []
+      for request in requests:
+        context, continuation = request.args
+        ids = self._tokenizer(
+            continuation.removeprefix(" "), add_special_tokens=False, split_special_tokens=True).input_ids
+        if not ids:
+          raise ValueError(f"The continuation {continuation!r} has no tokens; expected text.")
+        tokens, kinds = chat.encode_prompt(self._tokenizer, context)
+        self._fits(len(tokens) + 1 + len(ids), context)
+        tokens = np.append(tokens, ids).astype(np.int32)
+        kinds = np.append(kinds, np.full(len(ids), TokenKind.RESPONSE, np.int32))
+        if self._safety is not None:
+          tokens, kinds = chat.insert_cls(tokens, kinds, "sft")
+        rows.append((tokens, kinds, len(ids)))
+      return self._scores(rows)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+      """log p of whole texts, each token with as much context as fits; the first one's is BOS (or the end of turn)."""
+      start = self._tokenizer.bos_token_id
+      start = self._tokenizer.eos_token_id if start is None else start
+      rows, owners = [], []
+      for i, request in enumerate(requests):
+        ids = self._tokenizer(request.args[0], add_special_tokens=False, split_special_tokens=True).input_ids
+        for window in get_rolling_token_windows(ids, start, self._limit, 1):
+          context, said = make_disjoint_window(window)
+          tokens = np.asarray(context + said, np.int32)
+          rows.append((tokens, np.full(len(tokens), TokenKind.RESPONSE, np.int32), len(said)))
+          owners.append(i)
+      plain = jax.jit(functools.partial(_score, self._model, False))
+      totals = np.zeros(len(requests))
+      np.add.at(totals, owners, [score for score, _ in self._scores(rows, plain)])
+      return totals.tolist()
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+      """Answers, each up to the first of its stop strings. One batch for requests of the same settings."""
+      answers = [""] * len(requests)
+      groups: dict[tuple, list[int]] = {}
+      for i, request in enumerate(requests):
+        settings = request.args[1]
+        drawn = bool(settings.get("do_sample")) and float(settings.get("temperature") or 0) > 0
+        sampling = SamplingConfig(
+            temperature=float(settings["temperature"]), top_p=float(settings.get("top_p") or 1.0),
+            top_k=int(settings.get("top_k") or 0)) if drawn else SamplingConfig()
+        groups.setdefault((int(settings.get("max_gen_toks", self._max_gen_toks)), sampling), []).append(i)
+      for (count, sampling), chosen in groups.items():
+        generator = generate.Generator(
+            self._model, self._params, self._tokenizer, self._safety, sampling, count, self._batch_size)
+        texts = generator.respond([requests[i].args[0] for i in chosen], progress=f"generate {count}")
+        for i, response in zip(chosen, texts):
+          stops = requests[i].args[1].get("until") or []
+          answers[i] = cut(response.text, [stops] if isinstance(stops, str) else stops)
+      return answers
+
+    def _fits(self, length: int, context: str) -> None:
+      if length > self._limit:
+        raise ValueError(
+            f"A request has {length} tokens with its template; the model's context is {self._limit}. Lower the "
+            f"number of examples (--num-fewshot): {context[:60]!r}")
+
+    def _scores(self, rows, score=None) -> list[tuple[float, bool]]:
+      """Rows are (tokens, kinds, how many at the end are scored)."""
+      results: list[Any] = [None] * len(rows)
+      order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+      for at in range(0, len(order), self._batch_size):
+        chosen = order[at : at + self._batch_size]
+        filled = chosen + chosen[:1] * (self._batch_size - len(chosen))
+        size = -(-max(len(rows[i][0]) for i in chosen) // _STEP) * _STEP
+        pad = lambda array, size=size: np.pad(array, (0, size - len(array)))
+        tokens, kinds = (np.stack([pad(rows[i][part]) for i in filled]) for part in (0, 1))
+        stops = np.asarray([len(rows[i][0]) for i in filled])[:, None]
+        counts = np.asarray([rows[i][2] for i in filled])[:, None]
+        scored = (np.arange(size) >= stops - counts) & (np.arange(size) < stops)
+        total, greedy = (score or self._score)(self._params, tokens, kinds, scored)
+        for i, one, other in zip(chosen, np.asarray(total), np.asarray(greedy)):
+          results[i] = float(one), bool(other)
+      return results
+
+  return SaessLM
+
+
+def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple[jax.Array, jax.Array]:
+  """log p of the tokens where `scored` [B, S], float32 [B], and whether each is the likeliest, bool [B].
+
+  The token before predicts: [CLS] stands before the header, so none of them is predicted by it.
+  """
+  layout = {"kinds": kinds, "stage": "sft"} if sees_cls else {}
+  logits = model.apply({"params": params}, tokens, **layout).logits[:, :-1].astype(jnp.float32)
+  targets, scored = tokens[:, 1:], scored[:, 1:]
+  said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+  greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~scored, axis=1)
+  return jnp.sum(jnp.where(scored, said, 0), axis=1), greedy
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+  """`text` before the first stop string in it."""
+  return text[: min([at for at in map(text.find, filter(None, stops)) if at >= 0], default=len(text))]
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+      prog="python -m saess_jax.lm_eval", description="Runs tasks of lm-evaluation-harness on a model.")
+  parser.add_argument("--checkpoint", default="", help="workdir of a training run")
+  parser.add_argument("--weights", default="", help="weights without a run, as `hf.load_pretrained` takes them")
+  parser.add_argument("--safety", default="off", choices=("on", "off"), help="does [CLS] steer decoding?")
+  parser.add_argument("--tasks", required=True, help="the harness's names, separated by commas")
+  parser.add_argument("--include", help="folder with further task files (YAML)")
+  parser.add_argument("--limit", type=int, help="items of each task")
+  parser.add_argument("--num-fewshot", type=int, help="examples before each item")
+  parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument("--out", help="JSON file for the results")
+  options = parser.parse_args(argv)
+  try:
+    model = model_class()(options.checkpoint, options.weights, options.safety, options.batch_size)
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    results = lm_eval.simple_evaluate(
+        model=model, tasks=options.tasks.split(","), task_manager=TaskManager(include_path=options.include),
+        limit=options.limit, num_fewshot=options.num_fewshot, bootstrap_iters=0)
+  except (ValueError, FileNotFoundError, ImportError, KeyError) as error:
+    parser.error(str(error))
+  kept = {"results": results["results"], "n": results["n-samples"], "safety": options.safety}
+  text = json.dumps(kept, indent=2, default=str)
+  if options.out:
+    pathlib.Path(options.out).write_text(text + "\n", encoding="utf-8")
+  print(text)
+
+
+if __name__ == "__main__":
+  main()

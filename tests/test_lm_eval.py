@@ -1,0 +1,127 @@
+"""The harness's model: log-likelihoods against plain forward passes; without lm_eval, its parts alone."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_golden import BASE, hf_state, write_folder
+from tiny_tokenizer import tiny_tokenizer
+
+from saess_jax import hf, lm_eval
+from saess_jax.data import chat
+from saess_jax.masks import TokenKind
+from saess_jax.model import Llama
+
+CONTEXT = "How do I make bread at home?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("model")
+  config = BASE | {"vocab_size": 512, "max_position_embeddings": 128}
+  state = hf_state("grouped")
+  rng = np.random.default_rng(3)
+  for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    state[name] = rng.normal(0, 0.3, (512, config["hidden_size"])).astype(np.float32)
+  write_folder(folder, config=config, state=state)
+  tiny_tokenizer().save_pretrained(folder)
+  return folder
+
+
+def log_probs(folder, tokens, kinds=None):
+  """float64 [S, V] of one sequence, unpadded."""
+  loaded = hf.load_pretrained(str(folder))
+  layout = {} if kinds is None else {"kinds": jnp.asarray(kinds[None]), "stage": "sft"}
+  apply = jax.jit(lambda params, ids: Llama(loaded.config).apply({"params": params}, ids, **layout).logits)
+  return np.asarray(jax.nn.log_softmax(apply(loaded.params, jnp.asarray(tokens[None])))[0], np.float64)
+
+
+def likelihood(folder, continuation, safety):
+  """log p, token by token, of what stands behind the chat template."""
+  tokenizer = hf.load_pretrained(str(folder)).tokenizer
+  tokens, kinds = chat.encode_prompt(tokenizer, CONTEXT)
+  ids = tokenizer(continuation, add_special_tokens=False).input_ids
+  tokens = np.append(tokens, ids).astype(np.int32)
+  kinds = np.append(kinds, [TokenKind.RESPONSE] * len(ids)).astype(np.int32)
+  if safety:
+    tokens, kinds = chat.insert_cls(tokens, kinds, "sft")
+  table = log_probs(folder, tokens, kinds if safety else None)
+  at = np.arange(len(tokens) - len(ids), len(tokens))
+  return table[at - 1, tokens[at]].sum(), tokens, kinds, at, table
+
+
+@pytest.mark.parametrize("safety", [False, True])
+def test_scores_of_padded_rows(folder, safety):
+  expected, tokens, kinds, at, table = likelihood(folder, "Take flour", safety)
+  loaded = hf.load_pretrained(str(folder))
+  pad = lambda array: np.pad(array, (0, 128 - len(array)))[None]
+  scored = np.zeros(len(tokens), bool)
+  scored[at] = True
+  score = jax.jit(lm_eval._score, static_argnums=(0, 1))
+  total, greedy = score(Llama(loaded.config), safety, loaded.params, pad(tokens), pad(kinds), pad(scored))
+  assert float(total[0]) == pytest.approx(expected, abs=1e-4) and not greedy[0]
+  tokens[at[0]] = table[at[0] - 1].argmax()
+  scored[at[1:]] = False
+  assert score(Llama(loaded.config), safety, loaded.params, pad(tokens), pad(kinds), pad(scored))[1][0]
+
+
+def test_stop_strings():
+  assert lm_eval.cut("one\n\ntwo. three", [".", "\n\n"]) == "one"
+  assert lm_eval.cut("one", ["two", ""]) == "one"
+
+
+def test_bad_settings(folder):
+  for checkpoint, weights in (("", ""), ("runs/a", "b")):
+    with pytest.raises(ValueError, match=f"checkpoint is '{checkpoint}' and weights is '{weights}'; expected one"):
+      lm_eval.load(checkpoint, weights)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_without_the_harness(folder, capsys):
+  with pytest.raises(ImportError, match="pip install lm_eval"):
+    lm_eval.model_class()
+  with pytest.raises(SystemExit):
+    lm_eval.main(["--weights", str(folder), "--tasks", "any"])
+  assert "pip install lm_eval" in capsys.readouterr().err
+
+
+def requests(kind, *arguments):
+  instance = pytest.importorskip("lm_eval.api.instance", reason="the harness is an optional install")
+  return [instance.Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("safety", ["off", "on"])
+def test_likelihoods_of_the_harness(folder, safety):
+  asked = requests("loglikelihood", (CONTEXT, " Take flour"), (CONTEXT, "Sure"), (CONTEXT, " water and salt"))
+  model = lm_eval.model_class()(weights=str(folder), safety=safety, batch_size=2)
+  for request, (total, _) in zip(asked, model.loglikelihood(asked), strict=True):
+    expected = likelihood(folder, request.args[1].strip(), safety == "on")[0]
+    assert total == pytest.approx(expected, abs=1e-4)
+  with pytest.raises(ValueError, match="the model's context is 128. Lower the number of examples"):
+    model.loglikelihood(requests("loglikelihood", (CONTEXT * 30, "Sure")))
+
+
+def test_rolling_likelihood_is_of_whole_texts(folder):
+  short, long = "How do I kill a Python process?", "Take flour, water and salt. " * 30
+  asked = requests("loglikelihood_rolling", (short,), (long,))
+  model = lm_eval.model_class()(weights=str(folder))
+  tokenizer = tiny_tokenizer()
+  one, other = model.loglikelihood_rolling(asked)
+  ids = np.asarray([tokenizer.bos_token_id, *tokenizer(short).input_ids], np.int32)
+  assert one == pytest.approx(log_probs(folder, ids)[np.arange(len(ids) - 1), ids[1:]].sum(), abs=1e-4)
+  assert len(tokenizer(long).input_ids) > 128 and other < one
+
+
+def test_generation_of_the_harness(folder):
+  asked = requests(
+      "generate_until", (CONTEXT, {"until": ["\n\n"], "max_gen_toks": 12}), (CONTEXT, {"until": [], "max_gen_toks": 5}),
+      (CONTEXT, {"max_gen_toks": 5, "do_sample": True, "temperature": 0.7}))
+  model = lm_eval.model_class()(weights=str(folder), safety="off")
+  longer, shorter, _ = model.generate_until(asked)
+  assert longer.startswith(shorter) or shorter.startswith(longer)
+  with pytest.raises(ValueError, match="safety is 'maybe'; expected on or off"):
+    lm_eval.model_class()(weights=str(folder), safety="maybe")
