@@ -9,6 +9,7 @@ from saess_jax.attacks import encodings, templates
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
 from saess_jax.attacks.files import File
+from saess_jax.attacks.gcg import Gcg
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
 from saess_jax.attacks.sampling import Sampling
 from saess_jax.attacks.trigger import FakeRefusal, Filler, Injection, Late
@@ -24,7 +25,7 @@ ATTACKS = {
     "persuasion": templates.persuasion, "persuasion_N": templates.persuasion,
     **{name: functools.partial(encodings.Encoded, name) for name in encodings.WRITINGS},
     "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler, "late_N": Late, "fake_refusal": FakeRefusal,
-    "injection": Injection, "file:PATH": File,
+    "injection": Injection, "gcg_N": Gcg, "gcg_cls_N": functools.partial(Gcg, cls_weight=1.0), "file:PATH": File,
 }
 
 
