@@ -96,7 +96,8 @@ def locate(spec: str) -> pathlib.Path:
   """`spec` -> a folder or a .gguf file that exists. Errors as `load_pretrained`."""
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
   if not path.exists():
-    expected = f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, or the id of a model on the Hub"
+    expected = (f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, the id of a model on the Hub, or what a training "
+                "run or saess_jax.convert wrote")
     if not _HUB_ID.fullmatch(spec) or path.suffix == ".gguf":
       raise FileNotFoundError(f"{spec!r} does not exist; expected {expected}.")
     try:

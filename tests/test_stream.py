@@ -149,7 +149,8 @@ def test_command_line(trained):
   answers = chat.stdout.split("\n")
   assert chat.returncode == 0 and "query" not in chat.stdout and answers[0] == answers[2] != ""
   missing = ask("--checkpoint", str(trained / "nowhere"), "--prompt", "hello")
-  assert missing.returncode == 2 and "expected the --workdir of a training run" in missing.stderr
+  assert missing.returncode == 2 and "what a training run or saess_jax.convert wrote" in missing.stderr
+  assert "does not exist; expected" in missing.stderr
   assert "Traceback" not in missing.stderr
   empty = ask("--checkpoint", str(trained), "--prompt", " ")
   assert empty.returncode == 2 and "expected text" in empty.stderr

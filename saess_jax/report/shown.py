@@ -26,8 +26,8 @@ def complied(row: Row, judge: str) -> bool:
 
 
 def prefix_is_harmless(row: Row) -> bool:
-  """Only the openers of `prefill_N` are known to hold nothing; any other attack's prefix may be what was asked for."""
-  return re.fullmatch(r"prefill_\d+", row["method"]) is not None
+  """Only prefixes that we wrote are known to hold nothing; any other attack's may be what was asked for."""
+  return re.fullmatch(r"prefill_\d+|late_\d+|filler|fake_refusal", row["method"]) is not None
 
 
 def refusal_tokens(row: Row, safety: dict[str, Any]) -> tuple[int, int]:
