@@ -12,7 +12,7 @@ import pytest
 from make_golden import BASE, hf_state, write_folder
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf, utility
+from saess_jax import hf, utility, weights
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory):
   pairs = []
   for seed in (3, 4):
     folder = write_folder(tmp_path_factory.mktemp("model"), config=config_of(), state=state_of(seed))
-    pairs.append((Llama(hf.read_config(folder)), hf.with_cls(hf.read_params(folder))))
+    pairs.append((Llama(hf.read_config(folder)), weights.with_cls(hf.read_params(folder))))
   return pairs
 
 
