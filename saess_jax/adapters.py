@@ -10,6 +10,7 @@ that it goes with (`save`, `load`, `apply`).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from saess_jax import checksums
 from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -42,6 +44,7 @@ class Adapter:
     safety: the run's.
     base: what `--config.weights` named: the weights below.
     sizes: of the base, name in `ModelConfig` -> number.
+    fingerprint: of the base's weights.
     layout: `header_sees_cls`, `system_prompt` and `chat_template` of the run.
   """
 
@@ -50,12 +53,28 @@ class Adapter:
   safety: SafetyConfig
   base: str
   sizes: dict[str, int]
+  fingerprint: str
   layout: dict[str, Any]
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
   """What `Adapter.sizes` says of a base of this shape."""
   return {name: getattr(config, name) for name in _SIZES}
+
+
+def fingerprint(params: Any) -> str:
+  """What tells the weights that an adapter was trained on from others of their shape: 16 hexadecimal digits.
+
+  A digest of the embeddings, the lowest and the highest layer and the final norm, rounded to bfloat16: the same in
+  either dtype, on every mesh, and whatever [CLS] is. Another quantisation has another one; its weights are others.
+
+  Args:
+    params: unrolled, without `vocab_padding`.
+  """
+  layers = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name[7:]))
+  some = {name: params[name] for name in ("embed", "final_norm", layers[0], layers[-1])}
+  sums = checksums.of(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), some))
+  return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> None:
@@ -75,7 +94,7 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
   if path.exists():
     raise FileExistsError(f"{path} exists; choose another name, or delete it.")
   settings = {"format": 1, "safety": dataclasses.asdict(adapter.safety), "base": adapter.base,
-              "sizes": adapter.sizes, "layout": adapter.layout}
+              "sizes": adapter.sizes, "fingerprint": adapter.fingerprint, "layout": adapter.layout}
   if not isinstance(adapter.safety.schedule, str):
     raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
   flat = flax.traverse_util.flatten_dict({**adapter.lora, **adapter.cls}, sep="/")
@@ -106,7 +125,7 @@ def load(path: str | pathlib.Path) -> Adapter:
         lora={name: leaf for name, leaf in tree.items() if name not in CLS_PARAMS},
         cls={name: tree[name] for name in CLS_PARAMS},
         safety=from_config_dict(SafetyConfig, settings["safety"]),
-        base=settings["base"], sizes=settings["sizes"], layout=settings["layout"])
+        base=settings["base"], sizes=settings["sizes"], fingerprint=settings["fingerprint"], layout=settings["layout"])
   except (safetensors.SafetensorError, KeyError, ValueError) as error:
     raise ValueError(
         f"{path} is no adapter, or was truncated ({type(error).__name__}: {error}); expected a file that "
@@ -117,12 +136,17 @@ def apply(config: ModelConfig, params: Any, adapter: Adapter) -> Any:
   """`params`, unrolled, with the pairs merged in and the adapter's [CLS]; the same function as with both beside it.
 
   Raises:
-    ValueError: a base of another shape than the adapter's, or a pair that has no place in it.
+    ValueError: a base of another shape than the adapter's, or with other weights; a pair that has no place in it.
   """
   ours = sizes_of(config)
   wrong = [f"{name} {ours[name]} for {size}" for name, size in adapter.sizes.items() if ours[name] != size]
   if wrong:
     raise ValueError(f"The adapter goes with {adapter.base!r}; this base has {', '.join(wrong)}. Give it its own base.")
+  found = fingerprint(params)
+  if found != adapter.fingerprint:
+    raise ValueError(
+        f"The adapter was trained on {adapter.base!r} of fingerprint {adapter.fingerprint}; this base has its shape, "
+        f"but other weights (fingerprint {found}). Give it its own base; a fine-tuned or quantised copy is another.")
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   for name, leaf in flax.traverse_util.flatten_dict(adapter.lora, sep="/").items():
     kernel = flat.get(name.rpartition("/")[0] + "/kernel")

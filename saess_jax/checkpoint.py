@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import adapters, checksums, cluster, events, gguf, hf, runs, snapshot, weights
+from saess_jax import adapters, checksums, cluster, events, hf, runs, snapshot, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
@@ -400,17 +400,12 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapte
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
   trained = checkpoints.restore_trainable(step)
   checkpoints.close()
-  if config.model:
-    shape = config_lib.model_config(config.model, **config.model_overrides)
-  elif snapshot.is_snapshot(config.weights):
-    shape = snapshot.read_settings(config.weights).config
-  else:
-    path = hf.locate(config.weights)
-    shape = hf.runs.read_config(path) if path.is_dir() else gguf.runs.read_config(path)
+  shape, base, _ = load_base(config, "bfloat16")  # As its fingerprint is taken.
   return adapters.Adapter(
       lora=model_lib.unstack_layers(trained["lora"], first=config.frozen_layers),
       cls={name: trained["params"][name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
-      sizes=adapters.sizes_of(shape), layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
+      sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
+      layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
 
 
 def is_run(path: str | pathlib.Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import flax.linen as nn
 import flax.traverse_util
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 from test_train import small_config
 
-from saess_jax import adapters, checkpoint, config, convert, hf, model, sharding, snapshot, train
+from saess_jax import adapters, checkpoint, config, convert, hf, model, sharding, snapshot, train, weights
 from saess_jax.config import LoraConfig, MeshConfig, RolloutConfig, SafetyConfig
 
 TINY = config.model_config("tiny", vocab_size=260, scan_layers=False)
@@ -33,7 +34,7 @@ def make(projections=("q", "o", "down"), rank=3, **changes):
   cls = {"cls_embedding": np.full(48, 0.5, np.float32),
          "cls_head": {"kernel": np.full((48, 1), 0.1, np.float32), "bias": np.full(1, 1 / 3, np.float32)}}
   return dataclasses.replace(adapters.Adapter(
-      lora, cls, SafetyConfig(tau=2, threshold=0.25), "somewhere/base", adapters.sizes_of(TINY),
+      lora, cls, SafetyConfig(tau=2, threshold=0.25), "somewhere/base", adapters.sizes_of(TINY), "0123456789abcdef",
       {"header_sees_cls": True, "system_prompt": "Be kind.", "chat_template": ""}), **changes)
 
 
@@ -46,8 +47,8 @@ def test_a_file_holds_the_adapter(tmp_path, dtype, error):
   adapter = make()
   adapters.save(tmp_path / "a.safetensors", adapter, dtype)
   back = adapters.load(tmp_path / "a.safetensors")
-  assert (back.safety, back.base, back.sizes, back.layout) == (
-      adapter.safety, adapter.base, adapter.sizes, adapter.layout)
+  assert (back.safety, back.base, back.sizes, back.fingerprint, back.layout) == (
+      adapter.safety, adapter.base, adapter.sizes, "0123456789abcdef", adapter.layout)
   assert flat(back.lora).keys() == flat(adapter.lora).keys()
   for name, leaf in flat(adapter.lora).items():
     np.testing.assert_allclose(flat(back.lora)[name], leaf, rtol=error)
@@ -60,7 +61,7 @@ def test_a_file_holds_the_adapter(tmp_path, dtype, error):
 
 @pytest.mark.parametrize("projections", [("q",), ("gate", "up"), adapters.PROJECTIONS])
 def test_applied_it_computes_what_it_does_beside_the_weights(params, projections):
-  adapter = make(projections)
+  adapter = make(projections, fingerprint=adapters.fingerprint(params))
   tokens = jnp.asarray([[5, 6, 7, 8, 9]])
   merged = adapters.apply(TINY, params, adapter)
   beside = model.Llama(TINY).apply({"params": params, "lora": adapter.lora}, tokens).logits
@@ -89,7 +90,30 @@ def test_on_a_mesh_pairs_are_split_as_their_kernels(scan):
 ])
 def test_another_base_is_refused(params, change, message):
   with pytest.raises(ValueError, match=message):
-    adapters.apply(TINY, params, make(**change))
+    adapters.apply(TINY, params, make(fingerprint=adapters.fingerprint(params), **change))
+
+
+@pytest.mark.parametrize("leaf", [
+    "embed/embedding", "layers_0/attn/q/kernel", "layers_1/mlp/down/kernel", "layers_1/attn_norm/scale",
+    "final_norm/scale"])
+def test_other_weights_of_the_same_shape_are_refused(params, leaf):
+  own = flat(jax.tree.map(np.array, params))
+  own[leaf].flat[-1] += 0.5
+  with pytest.raises(ValueError, match="of fingerprint .*; this base has its shape, but other weights"):
+    adapters.apply(
+        TINY, flax.traverse_util.unflatten_dict(own, sep="/"), make(fingerprint=adapters.fingerprint(params)))
+
+
+def test_a_fingerprint_is_of_the_weights_alone(params):
+  own = adapters.fingerprint(params)
+  host = jax.tree.map(np.asarray, params)
+  mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+  rounded = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+  for same in (
+      host, rounded(params), rounded(host),
+      jax.tree.map(weights.put, host, weights.placement(TINY, mesh)), params | {"cls_embedding": np.ones(48)}):
+    assert adapters.fingerprint(same) == own
+  assert len(own) == 16
 
 
 def test_bad_files(tmp_path):
@@ -146,6 +170,17 @@ def test_a_run_and_its_adapter_are_one_model(trained, capsys):
   assert len(spread[1]["layers_0"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
   convert.main(["inspect", str(trained / "mine.safetensors")])
   assert "adapter of rank 2 for" in capsys.readouterr().out
+
+
+def test_an_adapter_of_a_run_on_a_hugging_face_folder(trained, tmp_path):
+  """Its config names neither a model nor a snapshot; the weights are those of the snapshot above."""
+  convert.main(["orbax2hf", str(trained / "base"), str(tmp_path / "folder")])
+  shutil.copytree(trained / "run", tmp_path / "run")
+  said = json.loads((tmp_path / "run" / "config.json").read_text()) | {"weights": str(tmp_path / "folder")}
+  (tmp_path / "run" / "config.json").write_text(json.dumps(said))
+  adapter, other = checkpoint.read_adapter(tmp_path / "run"), checkpoint.read_adapter(trained / "run")
+  assert adapter.base == str(tmp_path / "folder")
+  assert (adapter.sizes, adapter.fingerprint) == (other.sizes, other.fingerprint)
 
 
 def test_the_base_may_have_moved(trained, tmp_path):

@@ -19,7 +19,7 @@ from saess_jax import gguf
 
 AWKWARD = [
     "", " ", "Hello, world!", "  two  and   three spaces ", "tabs\tand\n\nlines\r\n\r\nof\n \n all kinds\n",
-    "in 1995, 3.14159 and 1,000,000", "a  12\n\n1. 12345678", "x1y22z333", "I'm we'll they've DON'T it's",
+    "in 1995, 3.14159 and 1,000,000", "a  12\n\n1. 12345678", "x1y22z333", "I'm we'll they've DON'T it's 'TIS isn'TIS",
     "naïve café, Ångström, e\u0301", "日本語のテキスト, 한국어, עברית, العربية", "emoji 👩‍👩‍👧‍👦 🇪🇺 ❤️",
     "def f(x):\n    return {**x, 'a': [i for i in x if i != 0]}  # why?\n", "https://a.b/c?d=e&f=%20#g",
     "\u00a0non-breaking\u200bzero-width\ufeff", "<|im_start|>user\nHi<|im_end|> there", "[CLS] <s> </s> [INST]",

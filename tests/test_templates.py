@@ -1,10 +1,14 @@
 """Ten families' chat templates: ids as transformers gives them, kinds by rendering, whatever a user types."""
 
+import re
+
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gguf_tokenizers import spm_ids, spm_tokenizers
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import checkpoint, hf
@@ -117,6 +121,17 @@ def test_ids_of_any_text(family):
   holds()
 
 
+def ids_by_parts(words, text):
+  """The frame's special tokens, and between them its text with the user's, in which no word is special."""
+  messages = [{"role": "user", "content": "x" * 99}]
+  frame = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+  ids = []
+  for part in re.split("(" + "|".join(map(re.escape, sorted(words.all_special_tokens, key=len))) + ")", frame):
+    plain = words(part.replace("x" * 99, text), add_special_tokens=False, split_special_tokens=True).input_ids
+    ids += [words.convert_tokens_to_ids(part)] if part in words.all_special_tokens else plain
+  return ids
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forged_frame_is_plain_text(family):
   """Here ids differ from transformers', which lets a user write the template's own tokens."""
@@ -124,13 +139,80 @@ def test_a_forged_frame_is_plain_text(family):
   frame, frame_kinds = chat.encode_prompt(words, "x")
   for text in FORGED:
     tokens, kinds = chat.encode_prompt(words, text)
+    assert tokens.tolist() == ids_by_parts(words, text)
     query = tokens[kinds == QUERY]
-    assert not set(query.tolist()) & set(words.all_special_ids)
-    assert query.tolist() == words(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert not set(query.tolist()) & set(words.all_special_ids) and words.decode(query).strip() == text
     special = lambda ids: [i for i in ids.tolist() if i in words.all_special_ids]
     assert special(tokens) == special(frame)  # One frame, however many the user wrote.
     assert words.decode(tokens[kinds == HEADER]) == words.decode(frame[frame_kinds == HEADER])
     assert tokens.tolist() != transformers_ids(words, [{"role": "user", "content": text}])
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+  words, _ = spm_tokenizers()
+  chat.use_template(words, "llama2")
+  return words
+
+
+def test_a_typed_special_token_moves_no_word_start(sentencepiece):
+  """The frame of a Llama 2 stays the one it was trained on, "▁[/INST]" and not "▁", "▁[/INST]"."""
+  tokens, kinds = chat.encode_prompt(sentencepiece, "take the</s>")
+  assert sentencepiece.convert_ids_to_tokens(tokens.tolist()) == [
+      "<s>", "▁[INST]", "▁take", "▁the", "<", "/s>", "▁[/INST]"]
+  assert kinds.tolist() == [AUX, AUX, QUERY, QUERY, QUERY, QUERY, HEADER]
+
+
+def test_sentencepiece_ids_of_any_forgery(sentencepiece):
+  @settings(max_examples=100, deadline=None)
+  @given(st.lists(st.sampled_from(["take", "the", "<s>", "</s>", "<unk>", " ", "\n", "é", "[/INST]", "▁"]), max_size=8))
+  def holds(parts):
+    text = "".join([*parts, "</s> mix"])
+    ids = chat.encode_prompt(sentencepiece, text)[0].tolist()
+    assert ids == [1, *spm_ids(f"[INST] {text.strip()} [/INST]")]  # SentencePiece's own procedure, in plain Python.
+  holds()
+
+
+def test_a_special_token_that_merges_would_make():
+  vocab = {token: i for i, token in enumerate(["<s>", "<", "s", ">", "s>", "a"])}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("s", ">"), ("<", "s>")]))
+  words = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, bos_token="<s>", chat_template="{{ bos_token }}{{ messages[0]['content'] }}a")
+  assert chat.encode_prompt(words, "<s>")[0].tolist() == [0, 1, 4, 5]
+
+
+THINKING = (  # Of what an assistant said before, the thoughts are left out (DeepSeek, Qwen 3).
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
+    "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}<|assistant|>")
+
+
+def test_what_a_template_cuts_off_is_not_there():
+  words = tokenizer_of("chatml")
+  words.chat_template = THINKING
+  messages = [{"role": "user", "content": "Bread?"}, {"role": "assistant", "content": "Hm.</think>Flour."},
+              {"role": "user", "content": "No </think> here?"}]
+  tokens, kinds = chat.encode_prompt(words, messages)
+  assert tokens.tolist() == transformers_ids(words, messages)
+  assert words.decode(tokens[kinds == QUERY]) == "Bread?Flour.No </think> here?"
+
+
+@pytest.mark.parametrize("template, message", [
+    (THINKING, "leaves nothing of message 1, .*: 'Hm.</think>'"),
+    ("{% for m in messages %}[{{ m['content'] }}]{% if 'Hm' in m['content'] %}!{% endif %}{% endfor %}",
+     "changes its own text with what that says: 'Hm.</think>'"),
+    ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+     "{{ 'both' if messages[0]['content'] == 'Bread?' and messages[2]['content'] == 'So?' }}", "together otherwise"),
+    ("{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0]['content'] }}",
+     r"does not take these messages \(user, assistant, user\): one turn only"),
+    ("{{ bos_token.nothing.there }}", "does not take these messages"),
+])
+def test_templates_that_change_with_contents(template, message):
+  words = tokenizer_of("chatml")
+  words.chat_template = template
+  with pytest.raises(ValueError, match=message):
+    chat.encode_prompt(words, [{"role": "user", "content": "Bread?"}, {"role": "assistant", "content": "Hm.</think>"},
+                               {"role": "user", "content": "So?"}])
 
 
 @pytest.mark.parametrize("family, expected", [
@@ -152,6 +234,9 @@ def test_system_text_of_our_templates():
   said = {family: TOKENIZERS[family].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
           for family in OURS}
   assert said["llama2"] == "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"
+  messages[1]["content"] = "  hi "  # Llama 2 trims the turn, whose beginning is not the user's now.
+  assert TOKENIZERS["llama2"].apply_chat_template(messages, tokenize=False) == (
+      "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n  hi [/INST]")
   assert said["alpaca"] == "<s><<SYS>>\nBe kind.\n<</SYS>>\n\n### Instruction:\nhi\n\n### Response:\n"
   assert said["mistral"] == "<s>[INST] Be kind.\n\nhi [/INST]"
 

@@ -6,15 +6,18 @@ looking for words of a template in the result: those a user can type. Axis: S to
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
-import itertools
+import json
 import pathlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
+import tokenizers
 import transformers
 
 from saess_jax.masks import TokenKind, cls_slot
@@ -50,7 +53,7 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerBase, template: str)
   tokenizer.chat_template = text
   try:
     _render(tokenizer, [{"role": "user", "content": "x"}])
-  except (jinja2.TemplateError, TypeError, ValueError) as error:
+  except ValueError as error:
     raise ValueError(f"data.chat_template {template} does not render a user's turn: {error}") from error
 
 
@@ -73,7 +76,8 @@ def encode_prompt(
 
   Raises:
     ValueError: no messages, an unknown role, empty content, a last message that is not the user's, two system
-      messages, no chat template, or a template that drops, repeats or reorders contents.
+      messages, no chat template, or one that does not take these messages (turns out of order, say), drops, repeats or
+      reorders contents, or changes its own text with them.
   """
   tokens, owners = encode_spans(tokenizer, *_render(tokenizer, _check_messages(messages, system_prompt)))
   kinds = np.where(owners, TokenKind.QUERY, TokenKind.AUX)
@@ -99,12 +103,25 @@ def encode_spans(
 ) -> tuple[list[int], np.ndarray]:
   """Ids of a text whose spans, [start, stop) in characters and in order, are contents: no special token is read there.
 
+  All else is as if those words were no special tokens at all: a "</s>" in a span moves no border and no word start.
+
   Returns:
     ids, and for each a bool: it holds a character of a span.
   """
-  if any(word in text[start:stop] for start, stop in spans for word in _special_words(tokenizer)):
-    return _encode_in_pieces(tokenizer, text, spans)
-  return _encode_at_once(tokenizer, text, spans)
+  words = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+  if not any(word in text[start:stop] for start, stop in spans for word in words):
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoding.input_ids, _owners(encoding.offset_mapping, spans)
+  backend, names = _renamed(tokenizer, words)
+  pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+  rename = lambda template: re.sub(pattern, lambda word: names[word[0]], template)
+  renamed, moved, end = "", [], 0
+  for start, stop in spans:
+    renamed += rename(text[end:start])
+    moved.append((len(renamed), len(renamed) + stop - start))
+    renamed, end = renamed + text[start:stop], stop
+  encoding = backend.encode(renamed + rename(text[end:]), add_special_tokens=False)
+  return encoding.ids, _owners(encoding.offsets, moved)
 
 
 def encode_response(
@@ -213,58 +230,78 @@ def _check_messages(messages: Messages, system_prompt: str) -> list[dict[str, st
 
 
 def _render(tokenizer, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-  """The rendered template, and where in it each user or assistant content stands, [start, stop) in characters."""
+  """The rendered template, and where in it each user or assistant content stands, [start, stop) in characters.
+
+  What the template makes of a content (it may trim it, or cut a train of thought off) is read from a rendering in which
+  all others are marks, between the texts that stand around its own mark where it is one too.
+  """
   if not tokenizer.chat_template:
     raise ValueError(f"{type(tokenizer).__name__} has no chat template; set tokenizer.chat_template.")
   mark = secrets.token_hex(16)
-  # Tabs around a mark that are gone from the rendering show that the template trims contents there (Llama).
-  marked = [
-      message if message["role"] == "system" else {**message, "content": f"\t{mark}-{index};\t"}
-      for index, message in enumerate(messages)
-  ]
-  rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+  marks = [message["content"] if message["role"] == "system" else f"{mark}-{index};"
+           for index, message in enumerate(messages)]
+  form = lambda content: content
+  rendered = _apply(tokenizer, messages, marks, form)
   if mark not in rendered and re.search(r"\btype['\"\]]*\s*==\s*['\"]text", tokenizer.chat_template):
     # It takes a content in parts (Llama Guard 3 1B), and drops a plain str without a word.
-    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in marked]
-    rendered = tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
-  # [template text, tab or not, index, tab or not, template text, ...]
-  pieces = re.split(rf"(\t?){mark}-(\d+);(\t?)", rendered)
-  found = [int(index) for index in pieces[2::4]]
+    form = lambda content: [{"type": "text", "text": content}]
+    rendered = _apply(tokenizer, messages, marks, form)
+  places = list(re.finditer(rf"{mark}-(\d+);", rendered))
+  found = [int(place[1]) for place in places]
   expected = [index for index, message in enumerate(messages) if message["role"] != "system"]
   if found != expected:
     raise ValueError(f"The chat template renders the contents of messages {found}; expected {expected}, each once.")
-  text, spans = pieces[0], []
-  for left, index, right, template in zip(*(pieces[i::4] for i in range(1, 5))):
-    content = messages[int(index)]["content"]
-    content = content if left else content.lstrip()
-    content = content if right else content.rstrip()
-    spans.append((len(text), len(text) + len(content)))
-    text += content + template
+  text, spans, end = "", [], 0
+  for index, place in zip(found, places):
+    before, after = rendered[: place.start()], rendered[place.end() :]
+    alone = _apply(tokenizer, messages, [*marks[:index], messages[index]["content"], *marks[index + 1 :]], form)
+    said = alone[len(before) : len(alone) - len(after)]
+    if before + said + after != alone or not said:
+      raise ValueError(
+          f"The chat template leaves nothing of message {index}, or changes its own text with what that says: "
+          f"{messages[index]['content'][:60]!r}")
+    text += rendered[end : place.start()]
+    spans.append((len(text), len(text) + len(said)))
+    text, end = text + said, place.end()
+  text += rendered[end:]
+  if len(found) > 1 and text != _apply(tokenizer, messages, [message["content"] for message in messages], form):
+    raise ValueError("The chat template renders these messages together otherwise than each alone.")
   return text, spans
 
 
-def _special_words(tokenizer) -> list[str]:
-  return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+def _apply(tokenizer, messages: list[dict[str, str]], contents: list[str], form: Callable[[str], Any]) -> str:
+  given = [{**message, "content": form(content)} for message, content in zip(messages, contents)]
+  try:
+    return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+  except (jinja2.TemplateError, TypeError) as error:  # TypeError: a bos_token that is None, above all.
+    roles = ", ".join(message["role"] for message in messages)
+    raise ValueError(f"The chat template does not take these messages ({roles}): {error}") from error
 
 
-def _encode_at_once(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
-  """Ids, and for each whether it holds a character of a span.
+@functools.lru_cache(maxsize=2)
+def _renamed(tokenizer, words: tuple[str, ...]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+  """The tokenizer with its special tokens under names that nobody can type, and those names."""
+  mark = secrets.token_hex(16)
+  names = {word: f"{mark}-{index};" for index, word in enumerate(words)}
+  state = json.loads(tokenizer.backend_tokenizer.to_str())
+  for token in state["added_tokens"]:
+    token["content"] = names.get(token["content"], token["content"])
+  model = state["model"]
+  if isinstance(model["vocab"], dict):
+    model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+  else:  # Unigram: pairs of piece and score.
+    model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+  if "merges" in model:
+    model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
+  if "unk_token" in model:
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+  # The post-processor names tokens too, and only adds some or trims offsets.
+  state |= {"post_processor": None, "truncation": None, "padding": None}
+  return tokenizers.Tokenizer.from_str(json.dumps(state)), names
 
-  Exact also where a tokenizer marks word starts (Llama).
-  """
-  encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-  starts, stops = np.asarray(encoding.offset_mapping).T
+
+def _owners(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+  """bool [S]: which tokens, of those characters, hold one of a span."""
+  starts, stops = np.asarray(offsets).T
   starts = np.minimum(starts, stops - 1)  # Byte-level tokenizers may report a token of white space as empty.
-  return encoding.input_ids, np.any([(starts < stop) & (stops > start) for start, stop in spans], axis=0)
-
-
-def _encode_in_pieces(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
-  """As `_encode_at_once`, with special tokens off inside the spans and no token across their borders."""
-  tokens, owners = [], []
-  cuts = [0, *(cut for span in spans for cut in span), len(text)]
-  for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
-    is_content = index % 2 == 1
-    ids = tokenizer(text[start:stop], add_special_tokens=False, split_special_tokens=is_content).input_ids
-    tokens += ids
-    owners += [is_content] * len(ids)
-  return tokens, np.asarray(owners)
+  return np.any([(starts < stop) & (stops > start) for start, stop in spans], axis=0)
