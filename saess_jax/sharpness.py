@@ -43,6 +43,13 @@ def top_k_statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return -jnp.sum(prob * log_prob, axis=-1), prob[..., 0]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "plain", "tokens", "k"))
+def _statistics(model, params, ids, kinds, at, plain, tokens, k):
+  how = {} if plain else {"kinds": kinds, "stage": "sft"}
+  logits = model.apply({"params": params}, ids, **how).logits
+  return jnp.stack(top_k_statistics(jax.lax.dynamic_slice_in_dim(logits[0], at, tokens), k), axis=-1)
+
+
 def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, k: int) -> np.ndarray:
   """Entropy and sharpness before each of the first `tokens` tokens that a row's model wrote itself.
 
@@ -54,12 +61,6 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
   Returns:
     float32 [rows, tokens, 2]; NaN where a response is shorter.
   """
-  @functools.partial(jax.jit, static_argnames="plain")
-  def statistics(params, ids, kinds, at, plain):
-    how = {} if plain else {"kinds": kinds, "stage": "sft"}
-    logits = weights.model.apply({"params": params}, ids, **how).logits
-    return jnp.stack(top_k_statistics(jax.lax.dynamic_slice_in_dim(logits[0], at, tokens), k), axis=-1)
-
   found = np.full((len(rows), tokens, 2), np.nan, np.float32)
   for row, values in zip(rows, found):
     ids, kinds = chat.encode_prompt(weights.tokenizer, row["prompt"], system_prompt=weights.system_prompt)
@@ -75,7 +76,8 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
     size = -(-(at + tokens + 1) // 64) * 64  # Few shapes are compiled; what is behind a token it never sees.
     ids, kinds = (
         np.pad(x, (0, size - len(x)), constant_values=value)[None] for x, value in ((ids, 0), (kinds, TokenKind.PAD)))
-    values[:count] = statistics(weights.params, ids, kinds, at, weights.safety is None)[:count]
+    plain = weights.safety is None
+    values[:count] = _statistics(weights.model, weights.params, ids, kinds, at, plain, tokens, k)[:count]
   return found
 
 

@@ -19,7 +19,7 @@ BEHAVIOR = "Do the forbidden thing."
 SAFETY = SafetyConfig(r2=4, rule2_keeps_query=True)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def model(request):
   llama = Llama(model_config("tiny", vocab_size=259, scan_layers=False, tie_embeddings=request.param == "tied"))
   params = nn.unbox(jax.jit(llama.init)(jax.random.key(2), jnp.zeros((1, 1), jnp.int32))["params"])

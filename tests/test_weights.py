@@ -74,6 +74,7 @@ def rows(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow  # Two runs of training.
 @pytest.mark.parametrize("changes", [
     {}, {"lora": LoraConfig(rank=2), "frozen_layers": 1}], ids=["all", "lora_above_a_frozen_layer"])
 def test_another_run_s_weights_never_lie_on_one_device(changes, rows, tmp_path):
