@@ -10,9 +10,12 @@ from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
 from saess_jax.attacks.files import File
 from saess_jax.attacks.gcg import Gcg
+from saess_jax.attacks.past import Past
+from saess_jax.attacks.persuasion import Persuasion
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
 from saess_jax.attacks.sampling import Sampling
-from saess_jax.attacks.trigger import FakeRefusal, Filler, Injection, Late
+from saess_jax.attacks.translation import Translation
+from saess_jax.attacks.trigger import FakeRefusal, Filler, FillerPrefill, Injection, Late
 from saess_jax.attacks.turns import ManyShot, MultiTurn
 
 __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
@@ -21,11 +24,12 @@ __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
 ATTACKS = {
     "direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn, "sampling": Sampling, "sampling_N": Sampling,
     "nested": templates.nested, "roleplay": templates.roleplay, "suppression": templates.suppression,
-    "splitting": templates.Splitting, "past": templates.Past, "translation": templates.translation,
-    "persuasion": templates.persuasion, "persuasion_N": templates.persuasion,
+    "splitting": templates.Splitting, "past": Past, "translation": Translation,
+    "persuasion": Persuasion, "persuasion_N": Persuasion,
     **{name: functools.partial(encodings.Encoded, name) for name in encodings.WRITINGS},
-    "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler, "late_N": Late, "fake_refusal": FakeRefusal,
-    "injection": Injection, "gcg_N": Gcg, "gcg_cls_N": functools.partial(Gcg, cls_weight=1.0), "file:PATH": File,
+    "homoglyphs_N": encodings.WorstWords, "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler,
+    "filler_prefill_N": FillerPrefill, "late_N": Late, "fake_refusal": FakeRefusal, "injection": Injection,
+    "gcg_N": Gcg, "gcg_cls_N": functools.partial(Gcg, cls_weight=1.0), "file:PATH": File,
 }
 
 

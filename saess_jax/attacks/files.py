@@ -1,30 +1,33 @@
 """Attacks that somebody else has made: JailbreakBench artifacts, or any CSV or JSONL of behaviors and prompts.
 
-  JSON         JailbreakBench's schema: {"jailbreaks": [{"goal", "prompt", "queries_to_jailbreak", ...}, ...]}; a prompt
-               that is null is a behavior for which that attack found nothing, which is then asked as it stands
-  CSV, JSONL   columns behavior (or goal) and prompt; prefix (or target_prefix) and queries if there are some. Several
-               rows of a behavior are several attempts
+  JSON         JailbreakBench's schema (Chao et al. 2024): {"parameters": ..., "jailbreaks": [{"index", "goal",
+               "behavior", "prompt", ...}, ...]}; "goal" is the request, "behavior" only its title
+  CSV, JSONL   columns goal (or behavior) and prompt; prefix (or target_prefix) and queries if there are some
+
+Several rows of a behavior are several attempts. A prompt that is null, or empty in a CSV, is a behavior for which that
+attack found nothing; it is asked as it stands.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from saess_jax.attacks.base import Attack, Attempt, Target
+from saess_jax.data import sources
 
-BEHAVIOR = ("behavior", "goal")
+BEHAVIOR = ("goal", "behavior")
 PREFIX = ("prefix", "target_prefix")
+QUERIES = ("queries", "number_of_queries", "queries_to_jailbreak")
 
 
 class File(Attack):
   """The attempts of a file, matched to behaviors by their text, white space at the ends and case aside."""
 
   def __init__(self, path: str):
-    """Raises FileNotFoundError, or ValueError for another ending or a file without the columns."""
+    """Raises FileNotFoundError, or ValueError for another ending, a malformed file or one without the columns."""
     self.name, self._found = f"file:{path}", _read(pathlib.Path(path).expanduser())
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
@@ -33,8 +36,9 @@ class File(Attack):
     missing = [behavior for behavior in behaviors if _key(behavior) not in self._found]
     if missing:
       raise ValueError(
-          f"{self.name} has nothing for {len(missing)} of {len(behaviors)} behaviors, such as {missing[0]!r}; it has "
-          f"{len(self._found)} others. Evaluate the behaviors that it was made for (--config.suites=malicious:PATH).")
+          f"{self.name} has nothing for {len(missing)} of {len(behaviors)} behaviors, such as "
+          f"{', '.join(repr(behavior[:80]) for behavior in missing[:3])}; it has {len(self._found)} behaviors. "
+          "Evaluate those that it was made for (--config.suites=malicious:PATH).")
     return [self._found[_key(behavior)] or [Attempt(behavior, variant="none found")] for behavior in behaviors]
 
 
@@ -43,33 +47,50 @@ def _key(behavior: str) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; expected a file of attacks (JSON, CSV or JSONL).")
-  text = path.read_text(encoding="utf-8-sig")
-  try:
-    if path.suffix == ".json":
-      records = json.loads(text)["jailbreaks"]
-    elif path.suffix == ".jsonl":
-      records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif path.suffix == ".csv":
-      records = list(csv.DictReader(text.splitlines(keepends=True)))
-    else:
-      raise ValueError("its ending is none of .json, .jsonl and .csv")
-    found: dict[str, list[Attempt]] = {}
-    for number, record in enumerate(records, 1):
-      behavior = _first(record, BEHAVIOR) if "goal" not in record else record["goal"]
-      if not behavior or "prompt" not in record:
-        raise ValueError(f"record {number} has {', '.join(record)}; expected behavior (or goal) and prompt")
-      attempts = found.setdefault(_key(behavior), [])
-      if record["prompt"]:
-        queries = int(_first(record, ("queries", "number_of_queries", "queries_to_jailbreak")) or 0)
-        attempts.append(Attempt(record["prompt"], _first(record, PREFIX) or "", queries=queries))
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is no file of attacks: {error}.") from error
+  """The attempts at each behavior by its key; none where the file says that nothing was found."""
+  found: dict[str, list[Attempt]] = {}
+  for place, record in _records(path):
+    behavior, prompt = _first(record, BEHAVIOR), record.get("prompt")
+    if not isinstance(behavior, str) or "prompt" not in record:
+      raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")
+    prefix, queries = _first(record, PREFIX) or "", _first(record, QUERIES) or 0
+    for name, text in (("prompt", prompt or ""), ("prefix", prefix)):
+      if not isinstance(text, str):
+        raise ValueError(f"{place} has a {name} of type {type(text).__name__}; expected text.")
+    if not str(queries).isdecimal():
+      raise ValueError(f"{place} has queries {queries!r}; expected a number of 0 or more.")
+    attempts = found.setdefault(_key(behavior), [])
+    if prompt and prompt.strip():
+      variant = f"attempt {len(attempts) + 1}" if attempts else ""
+      attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(queries)))
   if not found:
-    raise ValueError(f"{path} is no file of attacks: it is empty.")
+    raise ValueError(f"{path} is empty; expected rows with behavior (or goal) and prompt.")
   return found
 
 
+def _records(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+  """(place in words, record) of every row."""
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; expected a file of attacks (JSON, CSV or JSONL).")
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+  readers = {".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
+  if path.suffix.lower() in readers:
+    return [(f"{path.name}:{line}", record) for line, record in readers[path.suffix.lower()](text, path.name)]
+  if path.suffix.lower() != ".json":
+    raise ValueError(f"{path} ends in {path.suffix!r}; expected .json (JailbreakBench), .csv or .jsonl.")
+  try:
+    whole = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is malformed JSON: {error}.") from error
+  rows = whole.get("jailbreaks") if isinstance(whole, dict) else None
+  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    raise ValueError(f'{path} is no JailbreakBench artifact; expected {{"jailbreaks": [{{"goal", "prompt"}}, ...]}}.')
+  return [(f"{path.name}, jailbreak {number}", row) for number, row in enumerate(rows, 1)]
+
+
 def _first(record: dict[str, Any], names: Sequence[str]) -> Any:
+  """The first of these columns that is there and not empty."""
   return next((record[name] for name in names if record.get(name)), None)

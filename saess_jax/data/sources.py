@@ -139,7 +139,7 @@ def _split_of(prompt: str, seed: int) -> str:
 
 
 def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
-  readers = {".csv": _read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
+  readers = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
   if path.suffix.lower() not in readers:
     raise ValueError(f"{path} ends in {path.suffix!r}; expected {', '.join(readers)}.")
   if not path.is_file():
@@ -154,7 +154,12 @@ def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
   return [_row(record, path.name, line, default_label) for line, record in records]
 
 
-def _read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+def read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  """The rows of a CSV text by column, each with the number of its last line.
+
+  Raises:
+    ValueError: malformed CSV, or a row with more or fewer fields than columns, with its line and `name`.
+  """
   reader = csv.DictReader(io.StringIO(text), strict=True)
   records = []
   try:
