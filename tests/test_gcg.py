@@ -54,6 +54,7 @@ def test_a_frame_is_what_is_decoded(model):
     assert seen.sum() == 4 + (kinds == TokenKind.QUERY).sum() and not seen[kinds == TokenKind.HEADER].any()
 
 
+@pytest.mark.slow  # A pass for each window.
 def test_the_loss_is_that_of_one_pass_by_hand(model):
   w = weights(model, SAFETY)
   llama, params = model

@@ -22,7 +22,8 @@ def test_literal_distributions():
   assert entropy[1] == pytest.approx(np.log(4))
 
 
-@pytest.mark.parametrize("safety", [None, SafetyConfig(dependency="low")])
+@pytest.mark.parametrize(
+    "safety", [pytest.param(None, marks=pytest.mark.slow), SafetyConfig(dependency="low")])
 def test_a_row_is_read_for_itself(safety):
   """Whatever the other rows are, and however long a prompt."""
   llama = Llama(model_config("tiny", scan_layers=False))
