@@ -203,7 +203,7 @@ class Generator:
             *chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt), "sft",
             self._header_sees_cls)
         for prompt in prompts]
-    forced = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in prefixes]
+    forced = [chat.encode_text(self.tokenizer, prefix) for prefix in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
       needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
       if needed > self._limit:

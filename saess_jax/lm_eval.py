@@ -102,8 +102,7 @@ def model_class() -> type:
       rows = []
       for request in requests:
         context, continuation = request.args
-        ids = self._tokenizer(
-            continuation.removeprefix(" "), add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = chat.encode_text(self._tokenizer, continuation.removeprefix(" "))
         if not ids:
           raise ValueError(f"The continuation {continuation!r} has no tokens; expected text.")
         tokens, kinds = chat.encode_prompt(self._tokenizer, context)
@@ -121,7 +120,7 @@ def model_class() -> type:
       start = self._tokenizer.eos_token_id if start is None else start
       rows, owners = [], []
       for i, request in enumerate(requests):
-        ids = self._tokenizer(request.args[0], add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = chat.encode_text(self._tokenizer, request.args[0])
         for window in get_rolling_token_windows(ids, start, self._limit, 1):
           context, said = make_disjoint_window(window)
           tokens = np.asarray(context + said, np.int32)

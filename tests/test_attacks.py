@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax.attacks import ATTACKS, Attempt, Target, encodings, make_attack, past, persuasion, translation, turns
-from saess_jax.attacks.filler import GARDEN, METHOD, encode, exact_cut, shuffled
+from saess_jax.attacks.filler import GARDEN, METHOD, exact_cut, shuffled
 from saess_jax.attacks.prefill import FIRST_STEPS, OPENERS, SECOND_STEPS
 from saess_jax.config import SafetyConfig
-from saess_jax.data.chat import encode_prompt
+from saess_jax.data.chat import encode_prompt, encode_text
 from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
 
@@ -32,7 +32,7 @@ def target(seed=0):
 
   def query(model, prompts, max_new_tokens):
     asked.append((model, list(prompts), max_new_tokens))
-    ids = encode(tokenizer, OWN)[:max_new_tokens]
+    ids = encode_text(tokenizer, OWN)[:max_new_tokens]
     text = tokenizer.decode(ids)
     return [types.SimpleNamespace(  # The first verdict: the share of vowels.
         text=text, generated=text, tokens=ids, initial_prob=sum(c in "aeiou" for c in str(prompt)) / len(str(prompt)))
@@ -102,7 +102,7 @@ def test_direct_asks_as_it_stands():
 def test_prefill_has_just_n_tokens(tokens):
   here, asked = target()
   made = [a for (a,) in make_attack(f"prefill_{tokens}").attempts(BEHAVIORS[:4], here)]
-  assert [len(encode(here.tokenizer, a.prefix)) for a in made] == [tokens] * 4
+  assert [len(encode_text(here.tokenizer, a.prefix)) for a in made] == [tokens] * 4
   assert [a.prompt for a in made] == BEHAVIORS[:4]
   assert not asked and all(a.queries == a.tokens == 0 for a in made)
 
@@ -126,14 +126,14 @@ def test_prefill_own_is_the_base_models_answer_and_costs_a_query():
   here, asked = target()
   made = make_attack("prefill_own_10").attempts(BEHAVIORS, here)
   assert asked == [("base", BEHAVIORS, 10)]
-  expected = here.tokenizer.decode(encode(here.tokenizer, OWN)[:10])
+  expected = here.tokenizer.decode(encode_text(here.tokenizer, OWN)[:10])
   assert made[3] == [Attempt(BEHAVIORS[3], expected, queries=1, tokens=10)]
 
 
 def test_a_short_answer_makes_a_short_prefix():
   here, _ = target()
   attempt = one("prefill_own_500")
-  assert attempt.prefix == OWN and attempt.tokens == len(encode(here.tokenizer, OWN))
+  assert attempt.prefix == OWN and attempt.tokens == len(encode_text(here.tokenizer, OWN))
 
 
 def test_the_cut_never_leaves_half_a_character():
@@ -304,7 +304,7 @@ def test_turns_are_answered_by_the_base_model():
   ((attempt,), _) = make_attack("multi_turn_3").attempts(BEHAVIORS[:2], here)
   assert [model for model, *_ in asked] == ["base"] * 3 and [len(chats[0]) for _, chats, _ in asked] == [1, 3, 5]
   assert [m["role"] for m in attempt.prompt] == ["user", "assistant"] * 3 + ["user"]
-  assert attempt.queries == 3 and attempt.tokens == 3 * len(encode(here.tokenizer, OWN)[:24])
+  assert attempt.queries == 3 and attempt.tokens == 3 * len(encode_text(here.tokenizer, OWN)[:24])
   assert attempt.prompt[-1]["content"] == BEHAVIORS[0]
 
 
@@ -315,7 +315,7 @@ def test_turns_are_answered_by_the_base_model():
 def test_late_is_late(tokens):
   here, _ = target()
   harmless, _, opener = one(f"late_{tokens}").prefix.partition("\n\nNow to the request: ")
-  assert len(encode(here.tokenizer, harmless)) == tokens and opener in OPENERS
+  assert len(encode_text(here.tokenizer, harmless)) == tokens and opener in OPENERS
 
 
 def test_openers_and_gardens_take_turns():
@@ -324,7 +324,7 @@ def test_openers_and_gardens_take_turns():
   assert "one sentence about gardening" in attempt.prompt and attempt.prompt.startswith(BEHAVIORS[0])
   *gardens, end = re.split("|".join(rf" {re.escape(opener)} ?" for opener in OPENERS), attempt.prefix)
   assert end == "" and len(gardens) == 4
-  assert [len(encode(here.tokenizer, garden)) for garden in gardens] == [10] * 4
+  assert [len(encode_text(here.tokenizer, garden)) for garden in gardens] == [10] * 4
 
 
 def test_filler_is_asked_for_and_begun():

@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from saess_jax.data.chat import encode_text
+
 GARDEN = (
     "A garden asks for patience more than for strength.", "Tomatoes like the sunny side of a wall.",
     "In the morning the beds smell of earth and rain.", "Roses are cut above a bud that looks outward.",
@@ -55,14 +57,9 @@ def shuffled(source: Sequence[Any], number: int, count: int) -> list[Any]:
   return drawn[:count]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-  """Token ids of response text; special tokens in it are plain text."""
-  return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
 def cut(tokenizer: Any, text: str, tokens: int) -> str:
   """The first `tokens` tokens of `text`, as text; what is left of a character cut in two goes too."""
-  return tokenizer.decode(encode(tokenizer, text)[:tokens]).rstrip("�")
+  return tokenizer.decode(encode_text(tokenizer, text)[:tokens]).rstrip("�")
 
 
 def exact_cut(tokenizer: Any, texts: Iterable[str], tokens: int, name: str) -> str:
@@ -74,7 +71,7 @@ def exact_cut(tokenizer: Any, texts: Iterable[str], tokens: int, name: str) -> s
   """
   for text in texts:
     prefix = cut(tokenizer, text, tokens)
-    if len(encode(tokenizer, prefix)) == tokens:
+    if len(encode_text(tokenizer, prefix)) == tokens:
       return prefix
   raise ValueError(
       f"{name}: none of its texts can be cut to {tokens} tokens that are read back as such. Use another number.")

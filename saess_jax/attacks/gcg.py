@@ -25,7 +25,7 @@ import numpy as np
 
 from saess_jax import masks
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
-from saess_jax.attacks.filler import draw, encode
+from saess_jax.attacks.filler import draw
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, output_head
@@ -64,7 +64,7 @@ def read_back(weights: Weights, behavior: str, suffix: Sequence[int]) -> tuple[n
 
 def make_frame(weights: Weights, tokens: np.ndarray, kinds: np.ndarray, length: int) -> Frame:
   """The frame of a prompt (`read_back`) whose last `length` QUERY tokens are the suffix."""
-  targets = np.asarray(encode(weights.tokenizer, GOAL), np.int32)
+  targets = np.asarray(chat.encode_text(weights.tokenizer, GOAL), np.int32)
   tokens = np.concatenate([tokens, targets])
   kinds = np.concatenate([kinds, np.full(len(targets), TokenKind.RESPONSE, np.int32)])
   views = np.zeros((0, 3), np.int32)
@@ -158,7 +158,7 @@ class Gcg(Attack):
   def _attack(self, behavior: str, weights: Weights, seed: int) -> Attempt:
     rng = np.random.default_rng(draw(behavior, seed, self.name))
     allowed = allowed_tokens(weights.tokenizer, weights.model.config.vocab_size)
-    suffix = np.asarray(encode(weights.tokenizer, " !" * SUFFIX_TOKENS)[:SUFFIX_TOKENS], np.int32)
+    suffix = np.asarray(chat.encode_text(weights.tokenizer, " !" * SUFFIX_TOKENS)[:SUFFIX_TOKENS], np.int32)
     prompt = read_back(weights, behavior, suffix)
     if prompt is None or not allowed[suffix].all():
       raise ValueError(f"{self.name}: the tokenizer does not read a row of exclamation marks back as it wrote it.")

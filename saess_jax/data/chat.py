@@ -124,6 +124,11 @@ def encode_spans(
   return encoding.ids, _owners(encoding.offsets, moved)
 
 
+def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+  """Token ids of text alone: nothing is added, and special tokens in it are plain text."""
+  return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+
 def encode_response(
     tokenizer: transformers.PreTrainedTokenizerBase, response: str | Sequence[int], max_tokens: int
 ) -> np.ndarray:
@@ -133,7 +138,7 @@ def encode_response(
   """
   tokens = list(response)
   if isinstance(response, str):
-    tokens = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    tokens = encode_text(tokenizer, response)
     tokens += [tokenizer.eos_token_id] if tokens else []
   ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
   return np.asarray(tokens if len(tokens) <= max_tokens + ended else tokens[:max_tokens], np.int32)
@@ -200,7 +205,7 @@ def encode_document(
   if max_length < 3:
     raise ValueError(f"max_length is {max_length}; expected 3 or more: [CLS], a first token and one to predict.")
   start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-  ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+  ids = encode_text(tokenizer, text)
   room, chunks = max_length - 1 - len(start), []
   for at in range(0, len(ids), room):
     tokens = np.asarray(start + ids[at : at + room], np.int32)

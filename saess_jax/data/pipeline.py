@@ -119,11 +119,10 @@ def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfi
   text = row.response or config.safety.fixed_refusal
   if not config.data.refusal_depth:
     return np.zeros(0, np.int32), text
-  encode = lambda words: tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
-  gap = encode(config.safety.refusal_break) if len(before) else []
+  gap = chat.encode_text(tokenizer, config.safety.refusal_break) if len(before) else []
   # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
   follows = text[0].lower() + text[1:] if text[1:2].islower() else text
-  prefix = np.asarray(gap + encode(config.safety.refusal_prefix), np.int32)
+  prefix = np.asarray(gap + chat.encode_text(tokenizer, config.safety.refusal_prefix), np.int32)
   return np.concatenate([before, prefix]), f" {follows}"
 
 
