@@ -25,6 +25,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import tqdm
 
 from saess_jax import adapters, checkpoint, generate, judges, runs
@@ -89,6 +91,7 @@ def load_models(config: EvalConfig) -> Models:
       return attacks_lib.Weights(*research(), safety, **layout)
     if trained is not None:
       shape, params, tokenizer = checkpoint.load_base(trained)
+      params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       return attacks_lib.Weights(Llama(shape), params, tokenizer, None, **layout)
     if path.endswith(".safetensors"):
       return attacks_lib.Weights(*checkpoint.load_for_research(adapters.load(path).base)[:3], None, **layout)
@@ -128,8 +131,9 @@ def evaluate(
 
   attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
   _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
+  responses = Records(workdir / "responses.jsonl").read()
   for name, judge in chosen.items():
-    _judge(name, judge, workdir)
+    _judge(name, judge, responses, _judgements(workdir, name))
   metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
   _write(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
   print(metrics_lib.table(metrics))
@@ -290,11 +294,12 @@ def _record(
       "cls_prob": [number_of(p) for p in response.cls_prob], "phase": response.phase}
 
 
-def _judge(name: str, judge: judges.Judge, workdir: pathlib.Path, at_a_time: int = 256) -> None:
+def _judge(
+    name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records, at_a_time: int = 256
+) -> None:
   """Has one judge judge what it has not judged yet, or judged in another version."""
-  records = _judgements(workdir, name)
   there = {_key(record) for record in records.read() if record["judgement"]["version"] == judge.version}
-  missing = [row for row in Records(workdir / "responses.jsonl").read() if _key(row) not in there]
+  missing = [row for row in responses if _key(row) not in there]
   with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
     for at in range(0, len(missing), at_a_time):
       rows = missing[at : at + at_a_time]

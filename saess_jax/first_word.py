@@ -69,7 +69,7 @@ class FirstWord:
       last = np.asarray([len(prompts[i]) - 1 for i in filled], np.int32)
       size = -(-(last.max() + 1) // _STEP) * _STEP
       tokens = np.stack([np.pad(np.asarray(prompts[i], np.int32), (0, size - len(prompts[i]))) for i in filled])
-      with self._mesh, nn.logical_axis_rules(sharding.RULES):
+      with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
         out, top = self._ask(self._params, *jax.device_put((tokens, last), place))
       results[chosen], best[chosen] = np.asarray(out)[: len(chosen)], np.asarray(top)[: len(chosen)]
     return results[:, 0], results[:, 1], best

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import checkpoint, generate, hf
+from saess_jax import checkpoint, generate
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -39,16 +39,13 @@ def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, Safety
   """A trained run, or plain weights (which have a fresh [CLS]): (model, params, tokenizer, settings).
 
   Raises:
-    ValueError: both are given, or neither; else as `checkpoint.load_for_research` and `hf.load_pretrained`.
+    ValueError: both are given, or neither; else as `checkpoint.load_for_research`.
   """
   if bool(checkpoint_path) == bool(weights):
     raise ValueError(
         f"checkpoint is {checkpoint_path!r} and weights is {weights!r}; expected one of the two: a training run, or "
         "weights as `hf.load_pretrained` takes them.")
-  if checkpoint_path:
-    return checkpoint.load_for_research(checkpoint_path)
-  loaded = hf.load_pretrained(weights)
-  return Llama(loaded.config), loaded.params, loaded.tokenizer, SafetyConfig()
+  return checkpoint.load_for_research(checkpoint_path or weights)
 
 
 @functools.cache

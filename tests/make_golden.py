@@ -94,6 +94,16 @@ def write_folder(folder: pathlib.Path, case: str = "grouped", config: dict | Non
   return folder
 
 
+def write_with_tokenizer(folder: pathlib.Path, tokenizer, context: int) -> pathlib.Path:
+  """The same with a vocabulary of 512 and that tokenizer; embeddings spread out enough to tell words apart."""
+  state, rng = hf_state("grouped"), np.random.default_rng(3)
+  for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    state[name] = rng.normal(0, 0.3, (512, BASE["hidden_size"])).astype(np.float32)
+  write_folder(folder, config=BASE | {"vocab_size": 512, "max_position_embeddings": context}, state=state)
+  tokenizer.save_pretrained(folder)
+  return folder
+
+
 def torch_model(config: dict, state: dict[str, np.ndarray]):
   """transformers' torch model of that config and those weights, eager attention, in float32."""
   import torch

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_golden import BASE, hf_state, write_folder
+from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import hf, lm_eval
@@ -21,15 +21,7 @@ CONTEXT = "How do I make bread at home?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("model")
-  config = BASE | {"vocab_size": 512, "max_position_embeddings": 128}
-  state = hf_state("grouped")
-  rng = np.random.default_rng(3)
-  for name in ("model.embed_tokens.weight", "lm_head.weight"):
-    state[name] = rng.normal(0, 0.3, (512, config["hidden_size"])).astype(np.float32)
-  write_folder(folder, config=config, state=state)
-  tiny_tokenizer().save_pretrained(folder)
-  return folder
+  return write_with_tokenizer(tmp_path_factory.mktemp("model"), tiny_tokenizer(), context=128)
 
 
 def log_probs(folder, tokens, kinds=None):
@@ -80,7 +72,8 @@ def test_bad_settings(folder):
       lm_eval.load(checkpoint, weights)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is not None, reason="what is said where lm_eval is absent; here it is installed")
 def test_without_the_harness(folder, capsys):
   with pytest.raises(ImportError, match="pip install lm_eval"):
     lm_eval.model_class()

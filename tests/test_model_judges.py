@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_golden import BASE, hf_state, write_folder
+from make_golden import BASE, write_folder, write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import first_word, hf
@@ -39,15 +39,7 @@ def guard_tokenizer():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A tiny random Llama in a Hugging Face folder, with a guard's template."""
-  folder = tmp_path_factory.mktemp("guard")
-  config = BASE | {"vocab_size": 512, "max_position_embeddings": 1600}
-  state = hf_state("grouped")
-  rng = np.random.default_rng(3)
-  for name in ("model.embed_tokens.weight", "lm_head.weight"):
-    state[name] = rng.normal(0, 0.3, (512, config["hidden_size"])).astype(np.float32)
-  write_folder(folder, config=config, state=state)
-  guard_tokenizer().save_pretrained(folder)
-  return folder
+  return write_with_tokenizer(tmp_path_factory.mktemp("guard"), guard_tokenizer(), context=1600)
 
 
 load = functools.cache(hf.load_pretrained)
