@@ -93,7 +93,8 @@ def test_the_embedded_set_keeps_its_promises():
     assert len({row.category for row in everything if row.label == label}) >= 10
   assert sum(row.source == "embedded/lookalike" for row in everything) >= 150
   assert len({row.prompt for row in everything}) == len(everything)
-  refusals = [row.response for row in everything if row.label]
+  refusals = [row.response for row in everything if row.label and row.response]
+  assert len(refusals) >= 3600 and all(row.response for row in rows["validation"] + rows["test"])
   assert all(10 <= len(text.split()) <= 60 for text in refusals) and len(set(refusals)) == len(refusals)
   assert checks.bag_of_words_accuracy(rows["train"], rows["test"]) < 0.75
   assert checks.form_accuracy(rows["train"], rows["test"]) < 0.60

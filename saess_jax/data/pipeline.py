@@ -50,6 +50,7 @@ def build_examples(
 
   A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
   is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response.
+  With `data.refusal_depth` a malicious row without a refusal gives its query alone in the refusal's place.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn.
 
@@ -82,7 +83,8 @@ def build_examples(
   examples = []
   for row in rows:
     rollout = encode_response(rollouts.get(row.prompt, ""))
-    if not len(rollout) and config.data.responses == "rollouts":
+    wordless = row.label and config.data.refusal_depth and not row.response  # Nothing could follow the prefix.
+    if wordless or (not len(rollout) and config.data.responses == "rollouts"):
       query = example(row, None, "none", 0)
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
@@ -90,10 +92,10 @@ def build_examples(
       before, refusal = _refusal(tokenizer, row, rollout[:depth], config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
-      if len(rollout):
-        examples.append(example(row, rollout, "harmful", len(rollout)))
     else:
       examples.append(example(row, rollout if len(rollout) else encode_response(row.response), "benign", 0))
+    if row.label and len(rollout):
+      examples.append(example(row, rollout, "harmful", len(rollout)))
   return examples
 
 
