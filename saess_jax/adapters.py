@@ -194,6 +194,31 @@ def init_lora(boxed: Any, config: LoraConfig, rng: jax.Array) -> Any:
   return flax.traverse_util.unflatten_dict(lora)
 
 
+def factorize(before: Any, after: Any, rank: int) -> Any:
+  """Pairs that bring the projections of `before` as near to those of `after` as this rank can (truncated SVD).
+
+  Args:
+    before, after: params of one shape, unrolled; projections that are equal in both get no pair.
+
+  Returns:
+    As `Adapter.lora`, float32 numpy arrays; of a kernel with fewer than `rank` directions, as many as it has.
+  """
+  lora, old = {}, flax.traverse_util.flatten_dict(before)
+  for path, new in flax.traverse_util.flatten_dict(after).items():
+    if path[-1] != "kernel" or path[-2] not in PROJECTIONS:
+      continue
+    change = np.asarray(new, np.float32) - np.asarray(old[path], np.float32)
+    if not change.any():
+      continue
+    inputs = 2 if path[-2] == "o" else 1
+    into, outof = change.shape[:inputs], change.shape[inputs:]
+    left, values, right = np.linalg.svd(change.reshape(np.prod(into), -1), full_matrices=False)
+    scale = np.sqrt(values[:rank])  # Half to either side: both are as large, and lose as little by rounding.
+    lora[path[:-1] + ("a",)] = (left[:, :rank] * scale).reshape(*into, -1)
+    lora[path[:-1] + ("b",)] = (scale[:, None] * right[:rank]).reshape(-1, *outof)
+  return flax.traverse_util.unflatten_dict(lora)
+
+
 def merge_lora(params: Any, lora: Any) -> Any:
   """Params in which every adapted kernel W has become W + A B: the same function without the collection."""
   flat = flax.traverse_util.flatten_dict(params)

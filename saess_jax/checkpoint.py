@@ -381,29 +381,41 @@ def settings_of(path: str | pathlib.Path) -> SafetyConfig:
   return (hf.read_safety(located) if located.is_dir() else None) or SafetyConfig()
 
 
-def read_adapter(workdir: str | pathlib.Path, step: int | None = None) -> adapters.Adapter:
-  """What a run with LoRA learned, at its best step unless another is named.
+def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int = 0) -> adapters.Adapter:
+  """What a run learned, at its best step unless another is named.
+
+  Args:
+    rank: of a run that trained all weights: what its projections learned is cut down to pairs of this rank
+      (`adapters.factorize`), and what norms and embeddings learned is left out. 0 for a run with LoRA.
 
   Raises:
     FileNotFoundError: no run, or no checkpoint, in `workdir`.
-    ValueError: a run without LoRA, or from random weights or those of another run, which no adapter can name.
+    ValueError: a rank beside LoRA, or neither; a run from random weights or those of another run, which no adapter can
+      name.
   """
   config = runs.read_config(workdir)
-  if not config.lora.rank or not config.weights or is_run(config.weights):
+  if not config.weights or is_run(config.weights):
     raise ValueError(
-        f"{workdir} trained {'with' if config.lora.rank else 'without'} LoRA, from "
-        f"{config.weights or 'random weights'}; an adapter is made of a run with LoRA (--config.lora.rank=16) from "
-        "published weights.")
+        f"{workdir} trained from {config.weights or 'random weights'}; an adapter is made of a run from published "
+        "weights, which it can name.")
+  if bool(config.lora.rank) == bool(rank) or rank < 0:
+    raise ValueError(
+        f"{workdir} trained {'LoRA of rank ' + str(config.lora.rank) if config.lora.rank else 'all weights'}, and rank "
+        f"is {rank}; expected a rank, such as 16, for a run of all weights, and none for one with LoRA.")
   checkpoints = Checkpoints(workdir)
   step = checkpoints.best_step() if step is None else step
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
-  trained = checkpoints.restore_trainable(step)
+  shape, base, _ = load_base(config, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
+  if rank:
+    learned = _read_run(workdir, lambda _: step, None).params
+    lora = adapters.factorize(base, learned, rank)
+  else:
+    trained = checkpoints.restore_trainable(step)
+    learned, lora = trained["params"], model_lib.unstack_layers(trained["lora"], first=config.frozen_layers)
   checkpoints.close()
-  shape, base, _ = load_base(config, "bfloat16")  # As its fingerprint is taken.
   return adapters.Adapter(
-      lora=model_lib.unstack_layers(trained["lora"], first=config.frozen_layers),
-      cls={name: trained["params"][name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
+      lora=lora, cls={name: learned[name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
       sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
       layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
 

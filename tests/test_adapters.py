@@ -194,7 +194,7 @@ def test_the_base_may_have_moved(trained, tmp_path):
 
 
 def test_a_run_that_no_adapter_can_name(trained, tmp_path):
-  with pytest.raises(ValueError, match="trained without LoRA, from random weights; an adapter is made of a run with"):
+  with pytest.raises(ValueError, match="trained from random weights; an adapter is made of a run from published"):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config.TrainConfig())))
     checkpoint.read_adapter(tmp_path)
   with pytest.raises(FileNotFoundError, match="has no step 7; it has .3."):
@@ -209,3 +209,43 @@ def test_optimizer_state_is_the_adapters_alone(trained):
       "state"].tree["opt_state"])]
   assert sum(int(np.prod(shape)) for shape in shapes if shape) == 2 * (pairs + 2 * d + 1)
   assert sum(int(np.prod(shape)) for shape in shapes) < 2 * (pairs + 2 * d + 1) + 8  # Counters.
+
+
+def test_factors_are_the_nearest_of_their_rank(params):
+  before = jax.tree.map(np.asarray, params)
+  exact = make(("q", "o", "down"), rank=3)
+  after = jax.tree.map(np.asarray, adapters.merge_lora(before, exact.lora))
+  pairs = adapters.factorize(before, after, 3)
+  assert flat(pairs).keys() == flat(exact.lora).keys()  # And none for projections that did not change.
+  for name, leaf in flat(pairs).items():
+    assert leaf.shape == flat(exact.lora)[name].shape
+  found = flat(adapters.merge_lora(before, pairs))
+  for name, leaf in flat(after).items():
+    np.testing.assert_allclose(found[name], leaf, atol=1e-5, err_msg=name)
+  kernel = "layers_1/attn/o/kernel"
+  change = (flat(after)[kernel] - flat(before)[kernel]).reshape(-1, TINY.embed_dim)
+  fewer = adapters.merge_lora(before, adapters.factorize(before, after, 1))
+  left_out = flat(after)[kernel] - flat(fewer)[kernel]
+  np.testing.assert_allclose(
+      np.linalg.norm(left_out), np.linalg.norm(np.linalg.svd(change, compute_uv=False)[1:]), rtol=1e-4)
+
+
+def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
+  run = small_config(
+      trained / "rows.jsonl", mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(trained / "base"),
+      max_steps=3, save_every=3, eval_every=0, rollouts=RolloutConfig(enabled=False))
+  train.train_and_evaluate(run, tmp_path / "run")
+  convert.main(["run2adapter", str(tmp_path / "run"), str(tmp_path / "a.safetensors"), "--rank", "64",
+                "--dtype", "float32"])
+  learned = flat(checkpoint.load_for_research(tmp_path / "run")[1])
+  applied = flat(checkpoint.load_for_research(tmp_path / "a.safetensors")[1])
+  before = flat(checkpoint.load_for_research(trained / "base")[1])
+  for name, leaf in learned.items():
+    kept = name.endswith("kernel") or name.startswith("cls_")
+    assert not np.allclose(leaf, before[name], atol=1e-7) or "norm" in name, name
+    np.testing.assert_allclose(applied[name], leaf if kept else before[name], atol=1e-5, err_msg=name)
+  for source, rank in ((tmp_path / "run", "0"), (trained / "run", "2")):
+    with pytest.raises(SystemExit):
+      convert.main(["run2adapter", str(source), str(tmp_path / "b.safetensors"), "--rank", rank])
+    assert "expected a rank, such as 16, for a run of all weights, and none" in capsys.readouterr().err
+  assert not (tmp_path / "b.safetensors").exists()
