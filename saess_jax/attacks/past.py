@@ -21,14 +21,13 @@ _POLITE = (
 # Forms of a request, tried in this order on its last sentence without final punctuation -> the question in the past.
 RULES = (
     (rf"how {_AUX} {_WHO} (.+)", r"how did people \1"),
-    (r"how to (.+)", r"how did people \1"),
     (rf"({_WH}\b.*?) {_AUX} {_WHO} (.+)", r"\1 did people \2"),
     (rf"({_WH})(?: is|'s) (.+)", r"\1 was \2"),
     (rf"({_WH}) are (.+)", r"\1 were \2"),
     (r"is there (.+)", r"was there \1"),
     (r"are there (.+)", r"were there \1"),
     (r"(ways|ideas|tips|reasons|methods|steps|excuses) (to|for|on) (.+)", r"what did people know about \1 \2 \3"),
-    (rf".*\bhow (?:to|{_WHO} {_AUX}) (.+)", r"how did people \1"),  # Explain how to ...; give steps on how to ...
+    (rf".*\bhow (?:to|{_WHO} {_AUX}) (.+)", r"how did people \1"),  # How to ...; explain how I can ...
     (r"(tell|give|show|teach|send|write|build|make|find|list|draft) me (.+)", r"how did people \1 \2"),
     (r"((?!(?:i|my|you|your|we|our|the|a|an|there|this|it|he|she|they)\b|\w+'|" + _WH + r"\b|how\b)\w.*)",
      r"how did people \1"),  # Any other imperative.
