@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from saess_jax import adapters, checkpoint, generate, judges, runs
+from saess_jax import adapters, checkpoint, generate, judges, runs, staging
 from saess_jax import attacks as attacks_lib
 from saess_jax import metrics as metrics_lib
 from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
@@ -69,6 +69,7 @@ def load_models(config: EvalConfig) -> Models:
   path = config.checkpoint
   if not path:
     raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
+  settings = checkpoint.settings_of(path)
   identity, trained, step = path, None, None
   if checkpoint.is_run(path):
     trained = runs.read_config(path)
@@ -79,7 +80,8 @@ def load_models(config: EvalConfig) -> Models:
       raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
     written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
     identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
-  settings = checkpoint.settings_of(path)
+  elif path.endswith(".safetensors"):
+    identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
   changes = {name: value for name, value in config.safety.items() if value is not None}
   safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
   layout = checkpoint.layout_of(path)
@@ -94,7 +96,8 @@ def load_models(config: EvalConfig) -> Models:
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       return attacks_lib.Weights(Llama(shape), params, tokenizer, None, **layout)
     if path.endswith(".safetensors"):
-      return attacks_lib.Weights(*checkpoint.load_for_research(adapters.load(path).base)[:3], None, **layout)
+      model, params, _, _ = checkpoint.load_for_research(adapters.load(path).base)
+      return attacks_lib.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.
     return attacks_lib.Weights(*research(), None, **layout)
 
   @functools.cache  # A generator keeps what it has compiled.
@@ -135,7 +138,7 @@ def evaluate(
   for name, judge in chosen.items():
     _judge(name, judge, responses, _judgements(workdir, name))
   metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
-  _write(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+  staging.write_text(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
   print(metrics_lib.table(metrics))
   return metrics
 
@@ -347,7 +350,7 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
     if workdir.is_file() or workdir.is_dir() and any(workdir.iterdir()):
       raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(claim, indent=2) + "\n")
+    staging.write_text(path, json.dumps(claim, indent=2) + "\n")
     return
   theirs = json.loads(path.read_text())
   different = [
@@ -360,13 +363,6 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
     raise ValueError(
         f"{workdir} holds another evaluation: {'; '.join(different)}. Choose another --workdir, or give the config of "
         "that evaluation to resume it.")
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all."""
-  unfinished = path.with_name(path.name + ".tmp")
-  unfinished.write_text(text, encoding="utf-8")
-  unfinished.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

