@@ -1,16 +1,23 @@
-"""What training has done to the language model: perplexity on benign responses, and how far it moved from the base.
+"""What safety costs: perplexity on benign responses, how far the model moved from its base, and how fast it answers.
 
-Both look at response tokens only, given their prompts, in float32. With `sees_cls` [CLS] stands in its place and header
-and response attend to it, as in safe decoding; without it the sequence is plain text and the model a plain Llama.
+  python -m saess_jax.utility --checkpoint RUN --data benign.jsonl --rows 40
+
+Perplexity and KL look at response tokens only, given their prompts, in float32. With `sees_cls` [CLS] stands in its
+place and header and response attend to it, as in safe decoding; without it the sequence is plain text and the model a
+plain Llama.
 
 Axes: B batch, S tokens, R response tokens, C of them at a time, D embed, V vocab.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import json
 import math
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax.data import chat
+from saess_jax import evaluate
+from saess_jax.config import EvalConfig
+from saess_jax.data import chat, sources
+from saess_jax.generate import Generator
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, output_head
 
@@ -34,6 +44,21 @@ class Measure:
 
   value: float
   tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """Medians over rounds in which the two took turns; what ran beside them changes both.
+
+  Attributes:
+    tokens_per_second: name -> of all prompts in batches, reading them included.
+    first_token_seconds: name -> from one prompt to its first token.
+    ratio: of tokens per second, safe over plain, the median of the rounds' own ratios.
+  """
+
+  tokens_per_second: dict[str, float]
+  first_token_seconds: dict[str, float]
+  ratio: float
 
 
 @flax.struct.dataclass
@@ -114,6 +139,23 @@ def mean_kl(
   return Measure(total / count, count)
 
 
+def speed(plain: Generator, safe: Generator, prompts: Sequence[chat.Messages], rounds: int = 5) -> Speed:
+  """How fast the same weights answer without and with [CLS]; the first round, which compiles, does not count."""
+  generators = {"plain": plain, "safe": safe}
+  rates, waits = {name: [] for name in generators}, {name: [] for name in generators}
+  for number in range(rounds + 1):
+    for name, generator in generators.items():
+      began = time.perf_counter()
+      tokens = sum(len(response.ids) for response in generator.respond(prompts))
+      between = time.perf_counter()
+      generator.respond(prompts[:1], max_new_tokens=1)
+      if number:
+        rates[name].append(tokens / (between - began))
+        waits[name].append(time.perf_counter() - between)
+  median = lambda of: {name: statistics.median(values) for name, values in of.items()}
+  return Speed(median(rates), median(waits), statistics.median(b / a for a, b in zip(rates["plain"], rates["safe"])))
+
+
 def _in_float32(model: Llama) -> Llama:
   return Llama(model.config.replace(dtype="float32"))
 
@@ -184,3 +226,46 @@ def _pad(rows: list[Row], size: int, sees_cls: bool) -> _Batch:
       before=pad((r - 1 for r in responses), longest),
       targets=pad((tokens[r] for (tokens, _), r in zip(rows, responses)), longest),
       weights=pad((np.ones(len(r)) for r in responses), longest, np.float32))
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+      prog="python -m saess_jax.utility", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--checkpoint", required=True, help="a training run, or an adapter")
+  parser.add_argument("--data", required=True, help="benign prompts with responses: a .csv or .jsonl file")
+  parser.add_argument("--rows", type=int, default=40, help="drawn from it")
+  parser.add_argument("--max-length", type=int, default=512, help="tokens of a prompt with its response")
+  parser.add_argument("--new-tokens", type=int, default=64, help="of an answer whose time is taken")
+  parser.add_argument("--seed", type=int, default=0)
+  options = parser.parse_args(argv)
+  try:
+    answered = [row for row in sources.read_rows(options.data, "benign") if row.response and not row.label]
+    if not 1 <= options.rows <= len(answered):
+      raise ValueError(
+          f"--rows is {options.rows}; {options.data} has {len(answered)} benign rows with a response: expected 1 to "
+          "as many.")
+    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed, batch_size=8))
+  except (ValueError, OSError) as error:
+    parser.error(str(error))
+  drawn = np.random.default_rng(options.seed).permutation(len(answered))[: options.rows]
+  chosen = [answered[i] for i in sorted(drawn)]
+  base, ours = models.weights("base"), models.weights("saess")
+  rows = encode_rows(
+      ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,
+      ours.system_prompt)
+  generator = lambda safety: Generator(
+      ours.model, ours.params, ours.tokenizer, safety, max_new_tokens=options.new_tokens, batch_size=8,
+      system_prompt=ours.system_prompt, seed=options.seed, header_sees_cls=ours.header_sees_cls)
+  print(json.dumps({
+      "rows": len(rows), "seed": options.seed,
+      "perplexity": {
+          "base": dataclasses.asdict(perplexity(base.model, base.params, rows)),
+          "without [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows)),
+          "with [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows, sees_cls=True))},
+      "kl": dataclasses.asdict(mean_kl(base.model, base.params, ours.model, ours.params, rows)),
+      "speed": dataclasses.asdict(
+          speed(generator(None), generator(ours.safety), [row.prompt for row in chosen[:8]]))}, indent=2))
+
+
+if __name__ == "__main__":
+  main()

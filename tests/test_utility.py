@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 
 import jax
 import jax.numpy as jnp
 import make_golden
 import numpy as np
 import pytest
-from make_golden import BASE, hf_state, write_folder
+from make_golden import BASE, hf_state, write_folder, write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import hf, utility, weights
@@ -117,3 +119,23 @@ def test_bad_input(models, rows):
   other = Llama(model.config.replace(vocab_size=500))
   with pytest.raises(ValueError, match="The base has a vocabulary of 500 and the model one of 512"):
     utility.mean_kl(other, params, model, params, rows)
+
+
+def test_the_command(tmp_path, capsys):
+  folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
+  data = tmp_path / "benign.jsonl"
+  data.write_text("".join(
+      json.dumps({"prompt": p, "response": r[:60]}) + "\n" for p, r in zip(PROMPTS, RESPONSES)))
+  ask = ["--checkpoint", folder, "--data", str(data), "--new-tokens", "4"]
+  utility.main([*ask, "--rows", "2"])
+  said = json.loads(capsys.readouterr().out)
+  own = said["perplexity"]
+  assert said["rows"] == 2 and own["base"] == own["without [CLS]"]  # Weights that were trained from no others.
+  assert own["with [CLS]"]["value"] != own["base"]["value"] and own["with [CLS]"]["tokens"] == own["base"]["tokens"]
+  assert said["kl"]["value"] > 0 and said["kl"]["tokens"] == own["base"]["tokens"]
+  for figures in (said["speed"]["tokens_per_second"], said["speed"]["first_token_seconds"]):
+    assert set(figures) == {"plain", "safe"} and all(math.isfinite(x) and x > 0 for x in figures.values())
+  for rows in ("4", "0"):
+    with pytest.raises(SystemExit):
+      utility.main([*ask, "--rows", rows])
+    assert "benign.jsonl has 3 benign rows with a response: expected 1 to" in capsys.readouterr().err
