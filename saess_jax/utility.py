@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--checkpoint", required=True, help="a training run, or an adapter")
   parser.add_argument("--data", required=True, help="benign prompts with responses: a .csv or .jsonl file")
   parser.add_argument("--rows", type=int, default=40, help="drawn from it")
-  parser.add_argument("--max-length", type=int, default=512, help="tokens of a prompt with its response")
+  parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt with its response")
   parser.add_argument("--new-tokens", type=int, default=64, help="of an answer whose time is taken")
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args(argv)
@@ -244,15 +244,15 @@ def main(argv: list[str] | None = None) -> None:
       raise ValueError(
           f"--rows is {options.rows}; {options.data} has {len(answered)} benign rows with a response: expected 1 to "
           "as many.")
-    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed, batch_size=8))
+    drawn = np.random.default_rng(options.seed).permutation(len(answered))[: options.rows]
+    chosen = [answered[i] for i in sorted(drawn)]
+    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed))
+    base, ours = models.weights("base"), models.weights("saess")
+    rows = encode_rows(
+        ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,
+        ours.system_prompt)
   except (ValueError, OSError) as error:
     parser.error(str(error))
-  drawn = np.random.default_rng(options.seed).permutation(len(answered))[: options.rows]
-  chosen = [answered[i] for i in sorted(drawn)]
-  base, ours = models.weights("base"), models.weights("saess")
-  rows = encode_rows(
-      ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,
-      ours.system_prompt)
   generator = lambda safety: Generator(
       ours.model, ours.params, ours.tokenizer, safety, max_new_tokens=options.new_tokens, batch_size=8,
       system_prompt=ours.system_prompt, seed=options.seed, header_sees_cls=ours.header_sees_cls)
