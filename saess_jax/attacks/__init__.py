@@ -1,4 +1,6 @@
-"""Attacks by name: "direct", "prefill_N" and "prefill_own_N" for N tokens."""
+"""Attacks by name: "direct"; "prefill_N" and "prefill_own_N" for N tokens; "gcg_N", "gcg_victim_N" and "gcg_cls_N" for N
+steps.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,15 @@ import re
 
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
+from saess_jax.attacks.gcg import Gcg, GcgCls, GcgVictim
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
 
 __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
 
 # A name, with N for a number of at least 1 -> what makes the attack, given that number if there is one.
-ATTACKS = {"direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn}
+ATTACKS = {
+    "direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn,
+    "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls}
 
 
 def make_attack(name: str) -> Attack:
@@ -23,5 +28,5 @@ def make_attack(name: str) -> Attack:
   number = re.fullmatch(r"(.*_)([1-9]\d{0,3})", name)
   family = f"{number[1]}N" if number else name
   if family not in ATTACKS or family.endswith("_N") != bool(number):
-    raise ValueError(f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number of tokens for N.")
+    raise ValueError(f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number for N.")
   return ATTACKS[family](int(number[2])) if number else ATTACKS[family]()
