@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +34,7 @@ from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params
 
-START = " x"  # Twenty of these are the first suffix, as in nanoGCG.
-SUFFIX_TOKENS = 20
+START = " x" * 20  # The first suffix, as in nanoGCG: twenty tokens in most vocabularies.
 DRAWS = 4  # Candidates drawn for each that is wanted, at most: those that do not survive as text are drawn anew.
 
 
@@ -63,25 +61,23 @@ class Gcg(Attack):
     return [[self._attempt(behavior, weights, params, allowed, target.seed)] for behavior in behaviors]
 
   def _attempt(self, behavior: str, weights: Weights, params: Params, allowed: np.ndarray, seed: int) -> Attempt:
-    rng = np.random.default_rng(
-        np.frombuffer(hashlib.sha256(f"{seed}\n{behavior}".encode()).digest(), np.uint32))
+    rng = objective.generator_of(behavior, seed)
     place = Place(weights, behavior)
     ids, queries, seen = place.ids, 0, []
     for _ in range(self.steps):
       scores, best_tokens = compiled_top_tokens(
           weights.model, params, place.rows([ids]), place.start, jnp.asarray(allowed), weights.safety,
           float(self.cls_weight), size=len(ids), slots=place.slots, top_k=min(self.top_k, int(allowed.sum())))
-      seen = seen or [(ids, jax.tree.map(lambda leaf: np.asarray(leaf)[0], scores))]
+      seen = seen or [(ids, objective.best_of(jax.device_get(scores)))]
       suffixes = draw_candidates(place, ids, np.asarray(best_tokens), self.candidates, rng)
       queries += 1 + len(suffixes)
       if suffixes:  # None survived: the next draws are others.
         scores = objective.score_all(weights, params, place.rows(suffixes), self.cls_weight, place.slots)
-        best = int(np.argmin(scores.loss))
-        ids = suffixes[best]
-        seen.append((ids, jax.tree.map(lambda leaf, best=best: leaf[best], scores)))
+        ids = suffixes[int(np.argmin(scores.loss))]
+        seen.append((ids, objective.best_of(scores)))
     ids, scores = min(seen, key=lambda entry: float(entry[1].loss))
     assert place.survives(ids), "the suffix is not read back as the tokens that were optimised"
-    return Attempt(place.text(ids), variant=summary(seen[0][1], scores), queries=queries)
+    return Attempt(place.text(ids), variant=objective.summary(seen[0][1], scores), queries=queries)
 
 
 class GcgVictim(Gcg):
@@ -98,17 +94,9 @@ class GcgCls(GcgVictim):
     self.cls_weight = cls_weight
 
 
-def summary(first: Scores, last: Scores) -> str:
-  """An attack's course in a few words: "loss 2.31 -> 0.87, P(malicious) 0.93 -> 0.41"; the latter of the query."""
-  words = f"loss {float(first.loss):.2f} -> {float(last.loss):.2f}"
-  if np.isnan(first.query_prob):
-    return words
-  return f"{words}, P(malicious) {float(first.query_prob):.2f} -> {float(last.query_prob):.2f}"
-
-
 @dataclasses.dataclass
 class Place:
-  """A behavior with room for a suffix of `size` tokens behind it.
+  """A behavior with room for a suffix behind it.
 
   Attributes:
     ids: int32 [R], the first suffix.
@@ -119,26 +107,25 @@ class Place:
 
   weights: Weights
   behavior: str
-  size: int = SUFFIX_TOKENS
 
   def __post_init__(self):
     self.behavior = self.behavior.rstrip()
     target = objective.target_of(self.behavior)
     self._alone = self._query(self.behavior)
     self._before = self._decode(self._alone)
-    self.row = objective.encode_row(self.weights, self.behavior + START * self.size, target)
+    self.row = objective.encode_row(self.weights, self.behavior + START, target)
     self.slots = objective.target_slots(objective.pad_rows([self.row]))
     tokens, kinds = self.row
     places = np.flatnonzero(kinds == TokenKind.QUERY)
     if not np.array_equal(tokens[places][: len(self._alone)], self._alone) or len(places) == len(self._alone):
       raise ValueError(
-          f"Behind {self.behavior[-30:]!r} the suffix {START * 3 + ' ...'!r} is not read as tokens of its own; end the "
+          f"Behind {self.behavior[-30:]!r} the suffix {START!r} is not read as tokens of its own; end the "
           "behavior with a full stop.")
     self.start = int(places[len(self._alone)])
     self.ids = tokens[places[len(self._alone):]]
 
   def text(self, ids: np.ndarray) -> str:
-    """The prompt with the suffix `ids`. Decoded together with what stands before it: some decoders cut a first space."""
+    """The prompt with the suffix `ids`, decoded with what stands before it: some decoders cut a first space."""
     return self.behavior + self._decode(np.concatenate([self._alone, ids]))[len(self._before):]
 
   def survives(self, ids: np.ndarray) -> bool:

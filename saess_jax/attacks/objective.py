@@ -2,9 +2,9 @@
 
   loss = L_lm + cls_weight * (-log P(benign | query) - mean over t of log P(benign | window at t))
 
-L_lm is the mean cross-entropy of the target's tokens behind the prompt (Zou et al. 2023; nanoGCG's loss). The windows are
-those that the decoder looks at while it writes the target: `policy.view` of a benign run (Rule 2) after each target token
-that the schedule names. The CLS terms are ours; without a defence (`Weights.safety` None) there are none.
+L_lm is the mean cross-entropy of the target's tokens behind the prompt (Zou et al. 2023; nanoGCG's loss). The windows
+are those that the decoder looks at while it writes the target: `policy.view` of a benign run (Rule 2) after each target
+token that the schedule names. The CLS terms are ours; without a defence (`Weights.safety` None) there are none.
 
 Prompts go through `chat.encode_prompt` and get [CLS] where the decoder has it, so that what is scored is what is
 decoded. One thing differs: in this single pass every response token sees [CLS] in its initial state, while the decoder
@@ -16,6 +16,7 @@ Axes: B rows, S stored tokens, T target slots, R rows appended to the embeddings
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import flax.struct
@@ -72,6 +73,26 @@ def target_of(behavior: str) -> str:
   """The affirmative beginning that an attack wants to hear, chosen by the behavior's first word."""
   first = behavior.split(maxsplit=1)[0].strip(",.:;!?\"'").lower() if behavior.strip() else ""
   return next((target for words, target in _TARGETS if first in words), _OTHER_TARGET)
+
+
+def generator_of(behavior: str, seed: int) -> np.random.Generator:
+  """For an attack's draws: they depend on behavior and seed alone."""
+  digest = hashlib.sha256(f"{seed}\n{behavior}".encode()).digest()
+  return np.random.default_rng(np.frombuffer(digest, np.uint32))
+
+
+def best_of(scores: Scores) -> Scores:
+  """The scores of the row with the lowest loss, as scalars. `scores`: numpy arrays [B]."""
+  best = int(np.argmin(scores.loss))
+  return jax.tree.map(lambda leaf: leaf[best], scores)
+
+
+def summary(first: Scores, last: Scores) -> str:
+  """An attack's course in a few words, of scalars: "loss 2.31 -> 0.87, P(malicious) 0.93 -> 0.41" (of the query)."""
+  words = f"loss {float(first.loss):.2f} -> {float(last.loss):.2f}"
+  if np.isnan(first.query_prob):
+    return words
+  return f"{words}, P(malicious) {float(first.query_prob):.2f} -> {float(last.query_prob):.2f}"
 
 
 def encode_row(weights: Weights, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +188,7 @@ def score_all(
 def with_rows(model: Llama, params: Params, rows: jax.Array) -> tuple[Llama, Params]:
   """The model with `rows` [R, D] behind its embeddings: free vectors that a prompt can name by id.
 
-  Row i has the id `len(embedding) + i`. It counts as padding of the vocabulary, so it has no logit and is never sampled.
+  Row i has the id `len(embedding) + i`. It counts as padding of the vocabulary: it has no logit and is never sampled.
   """
   table = params["embed"]["embedding"]
   extended = {**params, "embed": {"embedding": jnp.concatenate([table, rows.astype(table.dtype)])}}
