@@ -93,4 +93,5 @@ def test_a_prefill_longer_than_the_text_is_refused():
 
 
 def test_names_are_their_settings():
-  assert {make_attack(name.replace("N", "7")).name for name in ATTACKS} == {"direct", "prefill_7", "prefill_own_7"}
+  assert {make_attack(name.replace("N", "7")).name for name in ATTACKS} == {
+      "direct", "prefill_7", "prefill_own_7", "gcg_7", "gcg_victim_7", "gcg_cls_7", "autodan_7", "autodan_cls_7"}

@@ -133,6 +133,22 @@ def test_scores_do_not_depend_on_the_neighbours(params):
   np.testing.assert_allclose(many.loss[-1:], alone.loss, rtol=0, atol=1e-5)
 
 
+def test_candidates_along_the_gradient_are_better_than_others(params):
+  place = place_of(params)
+  w, rows, allowed = place.weights, place.rows([place.ids]), gcg.allowed_tokens(tiny_tokenizer(), 512)
+  _, best = gcg.compiled_top_tokens(
+      w.model, params, rows, place.start, allowed, w.safety, 1.0, size=len(place.ids), slots=place.slots, top_k=8)
+  _, others = gcg.compiled_top_tokens(
+      w.model, params, rows, place.start, allowed, w.safety, 1.0, size=len(place.ids), slots=place.slots,
+      top_k=int(allowed.sum()))
+  assert allowed[np.asarray(others)].all()
+  def mean_loss(tokens):
+    drawn = gcg.draw_candidates(place, place.ids, np.asarray(tokens), 24, np.random.default_rng(0))
+    assert len(drawn) == 24 and all((ids != place.ids).sum() == 1 and place.survives(ids) for ids in drawn)
+    return objective.score_all(w, params, place.rows(drawn), 1.0, place.slots).loss.mean()
+  assert mean_loss(best) < mean_loss(others) - 0.1, (mean_loss(best), mean_loss(others))
+
+
 def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   here = target(params)
   attempt, = Gcg(6, candidates=16, top_k=64).attempts(BEHAVIORS[:1], here)[0]
