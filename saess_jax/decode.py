@@ -262,7 +262,8 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   else:
     initial = jax.nn.sigmoid(out.cls_logit)
     verdicts = policy.start(initial, config.safety)
-  last = jnp.sum(prompt.kinds != TokenKind.PAD, axis=1) - 1
+  text = (prompt.kinds != TokenKind.PAD) & (prompt.kinds != TokenKind.CLS)
+  last = length - 1 - jnp.argmax(text[:, ::-1], axis=1)  # Not [CLS], which may be stored behind the header.
   logits = _logits(model, params, jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0])
   unwritten = jnp.zeros((batch, config.buffer), jnp.int32)
   zeros = jnp.zeros(batch, jnp.int32)
