@@ -18,6 +18,7 @@ from saess_jax.attacks.gcg import Gcg, GcgCls, GcgVictim, Place
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 
+TOP_K = 64  # Of every attack here: each number is a compilation of its own.
 one_hot_gradient = jax.jit(gcg.one_hot_gradient, static_argnames=("model", "size", "slots"))
 
 
@@ -157,11 +158,9 @@ def test_candidates_along_the_gradient_are_better_than_others(params):
   place = place_of(params)
   w, rows, allowed = place.weights, place.rows([place.ids]), gcg.allowed_tokens(tiny_tokenizer(), 512)
   _, best = gcg.compiled_top_tokens(
-      w.model, params, rows, place.start, allowed, w.safety, 1.0, size=len(place.ids), slots=place.slots, top_k=8)
-  _, others = gcg.compiled_top_tokens(
-      w.model, params, rows, place.start, allowed, w.safety, 1.0, size=len(place.ids), slots=place.slots,
-      top_k=int(allowed.sum()))
-  assert allowed[np.asarray(others)].all()
+      w.model, params, rows, place.start, allowed, w.safety, 1.0, size=len(place.ids), slots=place.slots, top_k=TOP_K)
+  assert allowed[np.asarray(best)].all()
+  best, others = best[:, :8], np.tile(np.flatnonzero(allowed), (len(place.ids), 1))
   def mean_loss(tokens):
     drawn = gcg.draw_candidates(place, place.ids, np.asarray(tokens), 24, np.random.default_rng(0))
     assert len(drawn) == 24 and all((ids != place.ids).sum() == 1 and place.survives(ids) for ids in drawn)
@@ -171,7 +170,7 @@ def test_candidates_along_the_gradient_are_better_than_others(params):
 
 def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   here = target(params)
-  attempt, = Gcg(6, candidates=16, top_k=64).attempts(BEHAVIORS[:1], here)[0]
+  attempt, = Gcg(6, candidates=16, top_k=TOP_K).attempts(BEHAVIORS[:1], here)[0]
   before, after = (float(word) for word in attempt.variant.removeprefix("loss ").split(" -> "))
   assert after < before - 0.5
   assert attempt.queries == 6 * (1 + 16) and attempt.tokens == 0 and attempt.prefix == ""
@@ -185,7 +184,7 @@ def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
 
 
 def test_the_same_for_the_same_behavior_and_seed_whatever_the_others_are(params):
-  attack = Gcg(2, candidates=8, top_k=32)
+  attack = Gcg(2, candidates=8, top_k=TOP_K)
   first = attack.attempts(BEHAVIORS[:2], target(params))
   assert first == attack.attempts(BEHAVIORS[1::-1], target(params, victim="base"))[::-1]
   assert first[0] != attack.attempts(BEHAVIORS[:1], target(params, seed=1))[0]
@@ -193,7 +192,7 @@ def test_the_same_for_the_same_behavior_and_seed_whatever_the_others_are(params)
 
 def test_adaptive_gcg_talks_the_verdict_down_where_plain_gcg_does_not(params):
   def verdict(attack):
-    attempt, = attack(8, candidates=32, top_k=64).attempts(BEHAVIORS[:1], target(params))[0]
+    attempt, = attack(8, candidates=32, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]
     row = chat.insert_cls(*chat.encode_prompt(tiny_tokenizer(), attempt.prompt), "sft")
     weights = target(params).weights("saess")
     prompt = decode.pad_prompts([row])
@@ -206,8 +205,9 @@ def test_adaptive_gcg_talks_the_verdict_down_where_plain_gcg_does_not(params):
 
 
 def test_against_a_model_without_a_defence_there_is_nothing_to_adapt_to(params):
-  attempts = [attack(2, candidates=8).attempts(BEHAVIORS[:1], target(params, victim="base")) for attack in (
-      GcgCls, GcgVictim, Gcg)]
+  here = target(params, victim="base")
+  attempts = [
+      attack(2, candidates=8, top_k=TOP_K).attempts(BEHAVIORS[:1], here) for attack in (GcgCls, GcgVictim, Gcg)]
   assert attempts[0] == attempts[1] == attempts[2]
   assert "malicious" not in attempts[0][0][0].variant
 
@@ -225,12 +225,13 @@ def test_which_weights_are_read(params):
 
 
 def test_behaviors_of_like_length_share_a_compilation(params):
-  attack = GcgCls(1, candidates=8)
+  attack = GcgCls(1, candidates=8, top_k=TOP_K)
   sizes = lambda: (gcg.compiled_top_tokens._cache_size(), objective.compiled_score._cache_size())
   attack.attempts(BEHAVIORS[:1], target(params))
   compiled = sizes()
   attack.attempts([*BEHAVIORS[1:], "Now write of the forbidden thing."], target(params))
-  GcgCls(2, candidates=12, cls_weight=0.5).attempts(BEHAVIORS[:1], target(params, safety=SAFETY.replace(r2=5)))
+  GcgCls(2, candidates=12, top_k=TOP_K, cls_weight=0.5).attempts(
+      BEHAVIORS[:1], target(params, safety=SAFETY.replace(r2=5)))
   assert sizes() == compiled
 
 
