@@ -259,6 +259,14 @@ def test_the_generator_stores_cls_where_the_run_did(tiny_params):
       tokenizer.decode(tokens[:length]) for tokens, length in zip(by_hand.tokens, by_hand.lengths)] != said[True]
 
 
+def test_where_cls_is_stored_is_nothing_to_who_never_sees_it(tiny_params):
+  """So the first token follows the header's last, also where [CLS] is stored between the two."""
+  said = [[r.tokens for r in generate.Generator(
+      model.Llama(TINY), tiny_params, hf.byte_tokenizer(), None, max_new_tokens=8, header_sees_cls=seen
+  ).respond(["a", "bread", "a long one"])] for seen in (True, False)]
+  assert said[0] == said[1]
+
+
 def test_vmap_over_settings(tiny_params):
   """Thresholds and tau as axes: the same as one after the other."""
   how = decode.decode_config(Words(), SafetyConfig(), SAMPLING, 16, buffer=32)
