@@ -264,7 +264,7 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
     verdicts = policy.start(initial, config.safety)
   text = (prompt.kinds != TokenKind.PAD) & (prompt.kinds != TokenKind.CLS)
   last = length - 1 - jnp.argmax(text[:, ::-1], axis=1)  # Not [CLS], which may be stored behind the header.
-  logits = _logits(params, jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0])
+  logits = _logits(model, params, jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0])
   unwritten = jnp.zeros((batch, config.buffer), jnp.int32)
   zeros = jnp.zeros(batch, jnp.int32)
   state = LoopState(
@@ -368,12 +368,16 @@ def step(
         phase=result.phase.at[:, s.step].set(jnp.where(alive, verdicts.phase, 0)))
   state = s.replace(
       step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=cache)
-  return _choose(prompt, keys, config, state, _logits(params, hidden))
+  return _choose(prompt, keys, config, state, _logits(model, params, hidden))
 
 
-def _logits(params: Params, hidden: jax.Array) -> jax.Array:
-  """float32 [B, V] of the one row [B, D] that is wanted; `Output.logits`, of all, is not read and costs nothing."""
-  return jnp.matmul(hidden, output_head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _logits(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:
+  """float32 [B, V] of the one row [B, D] that is wanted; `Output.logits`, of all, is not read and costs nothing.
+
+  Rows behind the vocabulary (`ModelConfig.vocab_padding`) are no tokens and have no logit.
+  """
+  logits = jnp.matmul(hidden, output_head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return logits[:, : model.config.vocab_size]
 
 
 def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:

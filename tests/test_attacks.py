@@ -23,7 +23,7 @@ from saess_jax.sampling import SamplingConfig
 
 BEHAVIORS = [f"Do the forbidden thing number {i}." for i in range(12)]
 OWN = "Step one: take the blue box. Step two: open it with the key."
-NAMES = [name.replace("_N", "_6") for name in ATTACKS if "PATH" not in name and "gcg" not in name]
+NAMES = [name.replace("_N", "_6") for name in ATTACKS if not re.search("PATH|gcg|autodan", name)]  # No weights.
 
 
 def target(seed=0):

@@ -6,10 +6,11 @@ import functools
 import re
 
 from saess_jax.attacks import encodings, templates
+from saess_jax.attacks.autodan import AutoDan, AutoDanCls
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.direct import Direct
 from saess_jax.attacks.files import File
-from saess_jax.attacks.gcg import Gcg
+from saess_jax.attacks.gcg import Gcg, GcgCls, GcgVictim
 from saess_jax.attacks.past import Past
 from saess_jax.attacks.persuasion import Persuasion
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
@@ -29,7 +30,8 @@ ATTACKS = {
     **{name: functools.partial(encodings.Encoded, name) for name in encodings.WRITINGS},
     "homoglyphs_N": encodings.WorstWords, "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler,
     "filler_prefill_N": FillerPrefill, "late_N": Late, "fake_refusal": FakeRefusal, "injection": Injection,
-    "gcg_N": Gcg, "gcg_cls_N": functools.partial(Gcg, cls_weight=1.0), "file:PATH": File,
+    "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls, "autodan_N": AutoDan, "autodan_cls_N": AutoDanCls,
+    "file:PATH": File,
 }
 
 
@@ -46,5 +48,6 @@ def make_attack(name: str) -> Attack:
   family = f"{number[1]}N" if number else name
   if family not in ATTACKS or family.endswith("_N") != bool(number) or ":" in family:
     raise ValueError(
-        f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number (of tokens, attempts, turns) for N.")
+        f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number (of tokens, attempts, turns, steps) "
+        "for N.")
   return ATTACKS[family](int(number[2])) if number else ATTACKS[family]()
