@@ -235,6 +235,7 @@ def write_corpus(path):
   return str(path)
 
 
+@pytest.mark.slow
 def test_pretraining_then_sft_then_decode(folder, tmp_path):
   corpus = write_corpus(tmp_path / "labelled.jsonl")
   pretrain = dataclasses.replace(PRETRAIN, data=dataclasses.replace(PRETRAIN.data, source=corpus))

@@ -121,6 +121,7 @@ def test_bad_input(models, rows):
     utility.mean_kl(other, params, model, params, rows)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
   folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
   data = tmp_path / "benign.jsonl"
