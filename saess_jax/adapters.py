@@ -36,7 +36,7 @@ _SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """What training with LoRA learned, and what it goes with.
+  """What a run learned, as low-rank pairs, and what it goes with.
 
   Attributes:
     lora: unrolled, {"layers_0": {"attn": {"q": {"a", "b"}}}}, as `merge_lora` takes it.

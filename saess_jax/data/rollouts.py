@@ -11,6 +11,8 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
+from saess_jax import staging
+
 CHUNK = 128  # Prompts between two writes.
 
 
@@ -45,9 +47,7 @@ def complete(
   path, known = pathlib.Path(path), read(path)
   if path.exists():  # Ends the file at its last whole line.
     whole = path.read_text(encoding="utf-8").rpartition("\n")
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(whole[0] + whole[1], encoding="utf-8")
-    unfinished.replace(path)
+    staging.write_text(path, whole[0] + whole[1])
   prompts = list(dict.fromkeys(prompts))
   for start in range(0, len(prompts), CHUNK):
     chunk = prompts[start : start + CHUNK]
