@@ -16,8 +16,10 @@ import random
 import sys
 from collections.abc import Sequence
 
-from saess_jax.evaluate import wilson_interval
-from saess_jax.judges import OFFLINE, Exchange, make_judge
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The project is not installed.
+
+from saess_jax.judges import OFFLINE, Exchange, make_judge  # noqa: E402
+from saess_jax.metrics import wilson_interval  # noqa: E402
 
 COLUMNS = ("objective", "assistant_response", "human_score")
 

@@ -67,7 +67,7 @@ def make_batch(tokenizer: Any, size: int, length: int) -> dict[str, np.ndarray]:
   return {
       "tokens": tokens, "kinds": kinds, "loss_positions": steps, "targets": tokens[:, 1:], "label": ones(),
       "loss_weights": ones(length - 1), "label_weight": ones(), "probe_views": views, "probe_labels": ones(PROBES),
-      "probe_weights": ones(PROBES)}
+      "probe_weights": ones(PROBES), "kl_positions": np.zeros((size, 0), np.int32), "kl_weights": ones(0)}
 
 
 class Ours:

@@ -35,8 +35,8 @@ NAME = "saess"  # In the harness's registry.
 _STEP = 64  # Padded lengths are multiples: few are compiled.
 
 
-def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, SafetyConfig]:
-  """A trained run, or plain weights (which have a fresh [CLS]): (model, params, tokenizer, settings).
+def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, SafetyConfig, dict[str, Any]]:
+  """A trained run, or plain weights (which have a fresh [CLS]): (model, params, tokenizer, settings, layout).
 
   Raises:
     ValueError: both are given, or neither; else as `checkpoint.load_for_research`.
@@ -45,7 +45,8 @@ def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, Safety
     raise ValueError(
         f"checkpoint is {checkpoint_path!r} and weights is {weights!r}; expected one of the two: a training run, or "
         "weights as `hf.load_pretrained` takes them.")
-  return checkpoint.load_for_research(checkpoint_path or weights)
+  path = checkpoint_path or weights
+  return *checkpoint.load_for_research(path), checkpoint.layout_of(path)
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def model_class() -> type:
       words = {"on": True, "off": False, "True": True, "False": False, True: True, False: False}
       if safety not in words:
         raise ValueError(f"safety is {safety!r}; expected on or off.")
-      model, self._params, self._tokenizer, settings = load(checkpoint, weights)
+      model, self._params, self._tokenizer, settings, self._layout = load(checkpoint, weights)
       self._model = Llama(model.config.replace(dtype="float32"))
       self._safety = settings if words[safety] else None
       self._batch_size, self._max_gen_toks = int(batch_size), max_gen_toks
@@ -102,12 +103,13 @@ def model_class() -> type:
         ids = chat.encode_text(self._tokenizer, continuation.removeprefix(" "))
         if not ids:
           raise ValueError(f"The continuation {continuation!r} has no tokens; expected text.")
-        tokens, kinds = chat.encode_prompt(self._tokenizer, context)
+        tokens, kinds = chat.encode_prompt(
+            self._tokenizer, context, system_prompt=self._layout["system_prompt"])
         self._fits(len(tokens) + 1 + len(ids), context)
         tokens = np.append(tokens, ids).astype(np.int32)
         kinds = np.append(kinds, np.full(len(ids), TokenKind.RESPONSE, np.int32))
         if self._safety is not None:
-          tokens, kinds = chat.insert_cls(tokens, kinds, "sft")
+          tokens, kinds = chat.insert_cls(tokens, kinds, "sft", self._layout["header_sees_cls"])
         rows.append((tokens, kinds, len(ids)))
       return self._scores(rows)
 
@@ -141,7 +143,8 @@ def model_class() -> type:
         groups.setdefault((int(settings.get("max_gen_toks", self._max_gen_toks)), sampling), []).append(i)
       for (count, sampling), chosen in groups.items():
         generator = generate.Generator(
-            self._model, self._params, self._tokenizer, self._safety, sampling, count, self._batch_size)
+            self._model, self._params, self._tokenizer, self._safety, sampling, count, self._batch_size,
+            **self._layout)
         texts = generator.respond([requests[i].args[0] for i in chosen], progress=f"generate {count}")
         for i, response in zip(chosen, texts):
           stops = requests[i].args[1].get("until") or []
@@ -178,11 +181,13 @@ def model_class() -> type:
 def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple[jax.Array, jax.Array]:
   """log p of the tokens where `scored` [B, S], float32 [B], and whether each is the likeliest, bool [B].
 
-  The token before predicts: [CLS] stands before the header, so none of them is predicted by it.
+  The token before predicts; [CLS], stored there where the header does not see it, is none.
   """
   layout = {"kinds": kinds, "stage": "sft"} if sees_cls else {}
-  logits = model.apply({"params": params}, tokens, **layout).logits[:, :-1].astype(jnp.float32)
+  logits = model.apply({"params": params}, tokens, **layout).logits.astype(jnp.float32)
   targets, scored = tokens[:, 1:], scored[:, 1:]
+  before = jnp.arange(tokens.shape[1] - 1) - (sees_cls & (kinds[:, :-1] == TokenKind.CLS))
+  logits = jnp.take_along_axis(logits, jnp.maximum(before, 0)[..., None], axis=1)
   said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~scored, axis=1)
   return jnp.sum(jnp.where(scored, said, 0), axis=1), greedy

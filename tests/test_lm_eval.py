@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import hf, lm_eval
+from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
@@ -32,18 +36,19 @@ def log_probs(folder, tokens, kinds=None):
   return np.asarray(jax.nn.log_softmax(apply(loaded.params, jnp.asarray(tokens[None])))[0], np.float64)
 
 
-def likelihood(folder, continuation, safety):
+def likelihood(folder, continuation, safety, header_sees_cls=True, system_prompt=""):
   """log p, token by token, of what stands behind the chat template."""
   tokenizer = hf.load_pretrained(str(folder)).tokenizer
-  tokens, kinds = chat.encode_prompt(tokenizer, CONTEXT)
+  tokens, kinds = chat.encode_prompt(tokenizer, CONTEXT, system_prompt=system_prompt)
   ids = tokenizer(continuation, add_special_tokens=False).input_ids
   tokens = np.append(tokens, ids).astype(np.int32)
   kinds = np.append(kinds, [TokenKind.RESPONSE] * len(ids)).astype(np.int32)
   if safety:
-    tokens, kinds = chat.insert_cls(tokens, kinds, "sft")
+    tokens, kinds = chat.insert_cls(tokens, kinds, "sft", header_sees_cls)
   table = log_probs(folder, tokens, kinds if safety else None)
   at = np.arange(len(tokens) - len(ids), len(tokens))
-  return table[at - 1, tokens[at]].sum(), tokens, kinds, at, table
+  before = at - 1 - (safety and kinds[at - 1] == TokenKind.CLS)
+  return table[before, tokens[at]].sum(), tokens, kinds, at, table
 
 
 @pytest.mark.parametrize("safety", [False, True])
@@ -96,6 +101,20 @@ def test_likelihoods_of_the_harness(folder, safety):
     assert total == pytest.approx(expected, abs=1e-4)
   with pytest.raises(ValueError, match="the model's context is 128. Lower the number of examples"):
     model.loglikelihood(requests("loglikelihood", (CONTEXT * 30, "Sure")))
+
+
+def test_a_run_is_asked_as_it_was_trained(folder, tmp_path):
+  """With its system prompt, and [CLS] behind a header that does not see it."""
+  copy = shutil.copytree(folder, tmp_path / "model")
+  layout = {"header_sees_cls": False, "system_prompt": "Be kind."}
+  (copy / hf.SETTINGS_FILE).write_text(json.dumps(
+      {"safety": dataclasses.asdict(SafetyConfig()), "layout": layout}))
+  asked = requests("loglikelihood", (CONTEXT, " Take flour"))
+  model = lm_eval.model_class()(weights=str(copy), safety="on")
+  expected, _, kinds, at, _ = likelihood(copy, "Take flour", True, **layout)
+  assert kinds[at[0] - 1] == TokenKind.CLS
+  assert model.loglikelihood(asked)[0][0] == pytest.approx(expected, abs=1e-4)
+  assert expected != pytest.approx(likelihood(copy, "Take flour", True)[0], abs=1e-3)
 
 
 def test_rolling_likelihood_is_of_whole_texts(folder):

@@ -246,6 +246,14 @@ def test_parts_of_an_evaluation_make_a_page_too(tmp_path, keep):
   parsed(page(tmp_path, rows, EvalConfig(attacks=("direct",), models=names)))
 
 
+def test_models_without_cls_alone(tmp_path):
+  without = dict(initial_prob=None, cls_prob=[None], phase=["none"], tokens=["x"], intervened_at=-1)
+  rows = [row(i, model, said="Step one: take it.") | without for i in range(12) for model in ("base", "plain")]
+  text = page(tmp_path, rows, EvalConfig(attacks=("direct",), models=("base", "plain")))
+  parsed(text)
+  assert "trained, without [CLS]" in text
+
+
 def test_unnamed_categories_and_empty_responses(tmp_path):
   rows = [row(0, "saess", said="", category=""), row(1, "saess", label=0, said="", category="")]
   assert ">empty<" in page(tmp_path, rows, EvalConfig(models=("saess",)))
@@ -358,7 +366,7 @@ def test_everything_listed_links_to_its_row(tmp_path):
   assert (f"responses.jsonl, line {failure + 1} with suite file:prompts.csv, method prefill_5, model saess, index 5, "
           "attempt 0") in detail
   assert json.loads((tmp_path / "responses.jsonl").read_text().split("\n")[failure])["index"] == 5
-  for words in ("judge rules  jailbroken: no refusal (version 4)", "judge prefix  jailbroken: no phrase",
+  for words in ("judge rules  jailbroken: no refusal (version 5)", "judge prefix  jailbroken: no phrase",
                 "query 0.800, highest 0.800; after each token: 0.40", "temperature 0.0", "outcome  complied"):
     assert words in detail
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from saess_jax.report.markup import NAMES, Raw, escape
 
 _INK = "#010203"  # Stands for the page's text colour in a drawing; becomes currentColor.
-_COLORS = {"base": "#d07a2d", "saess": "#3b8ac4", "benign": "#3f9b6b", "malicious": "#c9453f"}
+_COLORS = {"base": "#d07a2d", "plain": "#8a6fb3", "saess": "#3b8ac4", "benign": "#3f9b6b", "malicious": "#c9453f"}
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _WIDTH = 5.0  # Inches: about a phone's width, so that words keep their size there.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from saess_jax.metrics import percent
 
 escape = html.escape
-NAMES = {"base": "base model", "saess": "SA-ESS"}
+NAMES = {"base": "base model", "plain": "trained, without [CLS]", "saess": "SA-ESS"}
 NONE = "–"
 
 STYLE = """

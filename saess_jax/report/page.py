@@ -155,7 +155,7 @@ class _Report:
 
   def _leaked(self, suite: str, model: str) -> str:
     kept = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)]
-    if model == "base" or not kept:
+    if model != "saess" or not kept:
       return NONE
     mean, low, high = scores.mean_interval(kept, "leaked")
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
@@ -283,7 +283,7 @@ class _Report:
   def _failures(self) -> str:
     mine = [row for row in self.rows if row["model"] == self.defended]
     failed = [row for row in mine if complied(row, self.judge)]
-    if self.defended == "base" or not any(row["label"] == 1 for row in mine):
+    if self.defended != "saess" or not any(row["label"] == 1 for row in mine):
       return ""
     parts = [self._intervention(mine)]
     if not failed:
