@@ -28,7 +28,7 @@ from saess_jax import checksums
 from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "int8": np.int8}
 CLS_PARAMS = ("cls_embedding", "cls_head")
 # What of a shape decides whether a pair fits.
 _SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
@@ -82,7 +82,8 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
 
   Args:
     path: ends in .safetensors and does not exist.
-    dtype: of the pairs and the [CLS] embedding, "float32", "bfloat16" or "float16"; the head stays float32.
+    dtype: of the pairs, "float32", "bfloat16", "float16" or "int8", which has a float32 scale for each of a pair's
+      columns and rows; [CLS] stays float32.
 
   Raises:
     FileExistsError: `path` exists.
@@ -97,13 +98,27 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
               "sizes": adapter.sizes, "fingerprint": adapter.fingerprint, "layout": adapter.layout}
   if not isinstance(adapter.safety.schedule, str):
     raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
-  flat = flax.traverse_util.flatten_dict({**adapter.lora, **adapter.cls}, sep="/")
-  kept = lambda name: np.float32 if name.startswith("cls_head") else DTYPES[dtype]
-  tensors = {name: np.ascontiguousarray(leaf, kept(name)) for name, leaf in flat.items()}
+  pairs, cls = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (adapter.lora, adapter.cls))
+  tensors = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in cls.items()}
+  for name, leaf in pairs.items():
+    if dtype == "int8":
+      leaf, tensors[name + "_scale"] = _to_int8(np.asarray(leaf, np.float32), _summed(name, leaf))
+    tensors[name] = np.ascontiguousarray(leaf, DTYPES[dtype])
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
   safetensors.numpy.save_file(tensors, unfinished, metadata={"saess": json.dumps(settings)})
   os.replace(unfinished, path)
+
+
+def _summed(name: str, leaf: Any) -> tuple[int, ...]:
+  """The axes of a pair's half that are not its rank: all but the last of an a, all but the first of a b."""
+  return tuple(range(leaf.ndim - 1) if name.endswith("/a") else range(1, leaf.ndim))
+
+
+def _to_int8(leaf: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """Integers in -127..127, and by what float32 [r] to multiply them."""
+  scale = np.maximum(np.abs(leaf).max(axis=axes), np.finfo(np.float32).tiny) / 127
+  return np.rint(leaf / np.expand_dims(scale, axes)), scale
 
 
 def load(path: str | pathlib.Path) -> Adapter:
@@ -120,6 +135,10 @@ def load(path: str | pathlib.Path) -> Adapter:
     with safetensors.safe_open(path, framework="np") as file:
       settings = json.loads((file.metadata() or {})["saess"])
       flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+    scales = {name: flat.pop(name) for name in sorted(flat) if name.endswith("_scale")}
+    for name, scale in scales.items():
+      name = name.removesuffix("_scale")
+      flat[name] = flat[name] * np.expand_dims(scale, _summed(name, flat[name]))
     tree = flax.traverse_util.unflatten_dict(flat, sep="/")
     return Adapter(
         lora={name: leaf for name, leaf in tree.items() if name not in CLS_PARAMS},
@@ -132,12 +151,8 @@ def load(path: str | pathlib.Path) -> Adapter:
         "`saess_jax.convert run2adapter` wrote.") from error
 
 
-def apply(config: ModelConfig, params: Any, adapter: Adapter) -> Any:
-  """`params`, unrolled, with the pairs merged in and the adapter's [CLS]; the same function as with both beside it.
-
-  Raises:
-    ValueError: a base of another shape than the adapter's, or with other weights; a pair that has no place in it.
-  """
+def check_base(config: ModelConfig, params: Any, adapter: Adapter) -> None:
+  """Raises ValueError for params (unrolled) of another shape than the adapter's base, or with other weights."""
   ours = sizes_of(config)
   wrong = [f"{name} {ours[name]} for {size}" for name, size in adapter.sizes.items() if ours[name] != size]
   if wrong:
@@ -147,6 +162,15 @@ def apply(config: ModelConfig, params: Any, adapter: Adapter) -> Any:
     raise ValueError(
         f"The adapter was trained on {adapter.base!r} of fingerprint {adapter.fingerprint}; this base has its shape, "
         f"but other weights (fingerprint {found}). Give it its own base; a fine-tuned or quantised copy is another.")
+
+
+def apply(config: ModelConfig, params: Any, adapter: Adapter) -> Any:
+  """`params`, unrolled, with the pairs merged in and the adapter's [CLS]; the same function as with both beside it.
+
+  Raises:
+    ValueError: as `check_base`; a pair that has no place in the params.
+  """
+  check_base(config, params, adapter)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   for name, leaf in flax.traverse_util.flatten_dict(adapter.lora, sep="/").items():
     kernel = flat.get(name.rpartition("/")[0] + "/kernel")
@@ -217,6 +241,21 @@ def factorize(before: Any, after: Any, rank: int) -> Any:
     lora[path[:-1] + ("a",)] = (left[:, :rank] * scale).reshape(*into, -1)
     lora[path[:-1] + ("b",)] = (scale[:, None] * right[:rank]).reshape(-1, *outof)
   return flax.traverse_util.unflatten_dict(lora)
+
+
+def weaken(adapter: Adapter, strength: float) -> Adapter:
+  """The adapter between its base and itself: what it changes in the weights times `strength`, [CLS] as it is.
+
+  A fine-tuned model part of the way back to its base often generalises better, and has forgotten less ("WiSE-FT",
+  Wortsman et al. 2022).
+
+  Raises:
+    ValueError: not 0 < strength <= 1.
+  """
+  if not 0 < strength <= 1:
+    raise ValueError(f"strength is {strength}; expected more than 0 (the base) and at most 1 (all that was learned).")
+  part = lambda path, leaf: leaf * np.float32(strength) if path[-1].key == "b" else leaf
+  return dataclasses.replace(adapter, lora=jax.tree_util.tree_map_with_path(part, adapter.lora))
 
 
 def merge_lora(params: Any, lora: Any) -> Any:

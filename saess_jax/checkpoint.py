@@ -47,11 +47,11 @@ class SaveFailed(RuntimeError):
 
 
 class Checkpoints:
-  """The checkpoints of one run: the newest few and the one with the best validation CLS accuracy are kept."""
+  """The checkpoints of one run: the newest few, and the one that validated best (CLS accuracy, or a rival's figure)."""
 
   def __init__(self, workdir: str | pathlib.Path, keep_last: int = 2):
     keep = checkpoint_managers.preservation_policy
-    accuracy = lambda metrics: metrics["cls_accuracy"]
+    accuracy = lambda metrics: metrics.get("cls_accuracy", metrics.get("dpo_accuracy", -metrics.get("lm_loss", 0.0)))
     self.folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
     self._writing: int | None = None  # The step that is being written, or was last.
     with cluster.together("looking at the checkpoints' metrics") as first:
@@ -118,7 +118,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The step with the best validation CLS accuracy; the latest if none was validated."""
+    """The step that validated best; the latest if none was validated."""
     best = self._manager.best_step()
     return self._manager.latest_step() if best is None else best
 
@@ -391,9 +391,11 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   Raises:
     FileNotFoundError: no run, or no checkpoint, in `workdir`.
     ValueError: a rank beside LoRA, or neither; a run from random weights or those of another run, which no adapter can
-      name.
+      name; a rival's run, which has no [CLS].
   """
   config = runs.read_config(workdir)
+  if config.objective != "saess":
+    raise ValueError(f"{workdir} trained with objective {config.objective!r}: it has no [CLS], and an adapter is one.")
   if not config.weights or is_run(config.weights):
     raise ValueError(
         f"{workdir} trained from {config.weights or 'random weights'}; an adapter is made of a run from published "
@@ -415,7 +417,8 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
     learned, lora = trained["params"], model_lib.unstack_layers(trained["lora"], first=config.frozen_layers)
   checkpoints.close()
   return adapters.Adapter(
-      lora=lora, cls={name: learned[name] for name in adapters.CLS_PARAMS}, safety=config.safety, base=config.weights,
+      lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
+      safety=config.safety, base=config.weights,
       sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
       layout=layout_of(workdir) | {"chat_template": config.data.chat_template})
 

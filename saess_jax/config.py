@@ -233,6 +233,7 @@ class LoraConfig:
 
   rank: int = 0
   projections: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+  start: str = ""  # An adapter of this rank and these projections to go on from; "": pairs that change nothing yet.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +247,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """L = L_lm + cls_weight * L_cls (paper: 0.01 in pretraining, 0.1 or 0.01 in SFT)."""
+  """L = L_lm + cls_weight * L_cls + kl_weight * KL(base || model).
+
+  The paper has cls_weight 0.01 in pretraining, 0.1 or 0.01 in SFT, and no KL term, which is ours: it holds the language
+  model in place where most examples are queries without a response.
+  """
 
   cls_weight: float = 0.1
+  # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory (none with LoRA).
+  kl_weight: float = 0.0
+  kl_positions: int = 8  # Query tokens an example, drawn anew each epoch, at which the two models are compared.
+  dpo_beta: float = 0.1  # Objective dpo: how much a nat of preference weighs (Rafailov et al. 2023).
   chunk: int = 128  # Positions a sequence whose logits exist at one time.
 
 
@@ -261,6 +270,7 @@ class TrainConfig:
   # workdir of another run, whose last checkpoint this one goes on from (pretraining, then SFT).
   weights: str = ""
   model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
+  objective: str = "saess"  # saess | sft | dpo: the method, or a rival that knows no [CLS] (losses.py).
   stage: str = "sft"  # sft | pretrain: which column of the mask table.
   header_sees_cls: bool = True
   cls_sees_response: str = "none"  # none | benign | malicious | all; all but "none" leak (masks.py).
@@ -271,7 +281,7 @@ class TrainConfig:
   max_steps: int = 0  # 0: as many as the epochs hold.
   eval_every: int = 50  # Steps; 0: at the end only.
   save_every: int = 50  # Steps; the last step is saved always.
-  keep_last: int = 2  # Checkpoints, beside the best by CLS accuracy.
+  keep_last: int = 2  # Checkpoints, beside the best by validation.
   data: DataConfig = DataConfig()
   probes: ProbeConfig = ProbeConfig()
   rollouts: RolloutConfig = RolloutConfig()
@@ -291,7 +301,7 @@ class EvalConfig:
   suites: str = "embedded"
   max_rows: int = 0  # Of each label of a suite; 0: all.
   attacks: tuple[str, ...] = ("direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40")
-  models: tuple[str, ...] = ("base", "saess")
+  models: tuple[str, ...] = ("base", "saess")  # Or "plain": what was trained, decoded without [CLS].
   judges: tuple[str, ...] = ("rules", "prefix")  # The first one's verdicts make the figures.
   max_new_tokens: int = 48
   batch_size: int = 32

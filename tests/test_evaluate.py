@@ -312,7 +312,7 @@ def unloadable(config):
     ({"attacks": ("direct", "prefil_5")}, "attack is 'prefil_5'; expected one of direct"),
     ({"attacks": "direct"}, "attacks is 'direct'; expected a tuple"),
     ({"attacks": ()}, "attacks is"),
-    ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, saess"),
+    ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, plain, saess"),
     ({"models": ("base", "base")}, "models is"),
     ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
     ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, file:PATH"),
@@ -383,6 +383,27 @@ def test_with_real_tiny_models(config, tmp_path):
     assert row["response"].startswith(row["prefix"]) and (row["initial_prob"] is None) == (row["model"] == "base")
     assert len(row["tokens"]) == len(row["cls_prob"]) == len(row["phase"])
   assert any(row["prefix_tokens"] for row in rows)
+
+
+@pytest.mark.slow
+def test_white_box_attacks_from_end_to_end(config, tmp_path):
+  """What gradients found is what is sent, to the model whose it is; an evaluation that is killed loses one behavior."""
+  model = Llama(model_config("tiny", num_layers=1, scan_layers=False))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+  safety = lambda name: SafetyConfig() if name == "saess" else None
+  weights = lambda name: attacks.Weights(model, params, tiny_tokenizer(), safety(name))
+  generator = functools.cache(lambda name, max_new_tokens: Generator(
+      model, params, tiny_tokenizer(), safety=safety(name), max_new_tokens=max_new_tokens, batch_size=8))
+  config = dataclasses.replace(config, attacks=("gcg_1", "gcg_cls_1", "autodan_cls_1"), max_new_tokens=4, max_rows=2)
+  evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator, weights, SafetyConfig()))
+  rows = [row for row in read_results(tmp_path / "out") if row["label"] == 1]
+  assert len(rows) == 3 * 2 * 2
+  sent = {(row["method"], row["model"], row["index"]): row for row in rows}
+  for (method, name, index), row in sent.items():
+    assert row["behavior"] in row["prompt"] and row["prompt"] != row["behavior"] and row["queries"] > 30
+    assert ("P(malicious)" in row["variant"]) == ("cls" in method and name == "saess"), row["variant"]
+    if method == "gcg_1":
+      assert row["prompt"] == sent[method, "base", index]["prompt"]  # Crafted on base, sent to both.
 
 
 def test_default_config_loads_the_embedded_split(monkeypatch):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 from saess_jax import losses
 from saess_jax.config import LossConfig
@@ -19,6 +20,8 @@ BATCH = {
     "loss_weights": jnp.asarray([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]], jnp.float32),
     "label": jnp.asarray([1.0, 1.0, 0.0]), "label_weight": jnp.asarray([1.0, 0.0, 1.0]),
     "probe_labels": jnp.asarray([[1.0, 0.0]] * 3), "probe_weights": jnp.asarray([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
+    "kl_positions": jnp.asarray([[0, 4], [3, 0], [1, 6]]),
+    "kl_weights": jnp.asarray([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]),
 }
 OUT = Output(
     hidden=HIDDEN, logits=None, cls_logit=jnp.asarray([2.0, -9.0, 1.0]),
@@ -37,6 +40,37 @@ def test_the_loss_is_what_the_paper_says():
       [loss, parts["lm_loss"], parts["cls_loss"], parts["probe_loss"]],
       [lm + 0.1 * (cls + probe), lm, cls, probe], rtol=1e-5)
   assert parts["cls_accuracy"] == 0.5 and parts["probe_accuracy"] == 1.0
+
+
+def test_the_kl_term_looks_from_the_base_at_the_chosen_positions():
+  base = HIDDEN[::-1], HEAD[::-1]
+  loss, parts = losses.loss_sums(
+      OUT, HEAD, BATCH, losses.totals(BATCH), LossConfig(cls_weight=0.1, kl_weight=3.0), vocab_size=9, reference=base)
+  def kl(b, s):  # Nine columns: the last two are padding.
+    p, q = (scipy.special.softmax(np.asarray(h[b, s] @ w)[:9]) for h, w in (base, (HIDDEN, HEAD)))
+    return np.sum(p * np.log(p / q))
+  expected = np.mean([kl(0, 0), kl(0, 4), kl(1, 3), kl(2, 6)])
+  np.testing.assert_allclose(parts["kl_loss"], expected, rtol=1e-5)
+  without, _ = losses.loss_sums(OUT, HEAD, BATCH, losses.totals(BATCH), LossConfig(cls_weight=0.1), vocab_size=9)
+  np.testing.assert_allclose(loss, without + 3 * expected, rtol=1e-5)
+  to_hidden, to_head = jax.grad(
+      lambda hidden, head: losses.kl_sum(base, (hidden, head), BATCH, vocab_size=9), (0, 1))(HIDDEN, HEAD)
+  assert not to_head.any() and to_hidden[0, 4].any() and not to_hidden[0, 1].any()
+
+
+def test_dpo_is_what_its_paper_says():
+  ours, reference = jnp.asarray([[-2.0, -9.0], [-5.0, -1.0]]), jnp.asarray([[-3.0, -4.0], [-5.0, -1.5]])
+  loss, right = losses.dpo_loss(ours, reference, 0.5)
+  # Ours prefers the chosen by 7 and by -4 nats, the reference by 1 and by -3.5: margins 6 and -0.5.
+  np.testing.assert_allclose(loss, [np.log1p(np.exp(-3.0)), np.log1p(np.exp(0.25))], rtol=1e-5)
+  assert right.tolist() == [1.0, 0.0]
+
+
+def test_log_probs_of_whole_responses():
+  found = losses.response_log_probs(HIDDEN, HEAD, BATCH, LossConfig(chunk=3), vocab_size=11)
+  log_p = lambda b, s, r: jax.nn.log_softmax(HIDDEN[b, s] @ HEAD)[BATCH["targets"][b, r]]
+  expected = [log_p(0, 1, 0) + log_p(0, 2, 1) + log_p(0, 3, 2), 0.0, log_p(2, 2, 0) + log_p(2, 5, 1)]
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])

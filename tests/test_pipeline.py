@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax.config import DataConfig, ProbeConfig, SafetyConfig, TrainConfig
+from saess_jax.config import DataConfig, LossConfig, ProbeConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline, probes
 from saess_jax.data.sources import Row
 from saess_jax.masks import TokenKind
@@ -146,7 +146,8 @@ def test_batch_has_the_documented_shapes_and_types():
       "loss_positions": ("int32", (4, num_losses)), "targets": ("int32", (4, num_losses)),
       "loss_weights": ("float32", (4, num_losses)), "label": ("float32", (4,)), "label_weight": ("float32", (4,)),
       "probe_views": ("int32", (4, num_probes, 3)), "probe_labels": ("float32", (4, num_probes)),
-      "probe_weights": ("float32", (4, num_probes))}
+      "probe_weights": ("float32", (4, num_probes)),
+      "kl_positions": ("int32", (4, 0)), "kl_weights": ("float32", (4, 0))}
 
 
 def test_weights_of_harmful_and_filler_rows():
@@ -157,6 +158,74 @@ def test_weights_of_harmful_and_filler_rows():
   assert batch["label_weight"][harmful] == 0 and batch["label_weight"].sum() == 2  # The refusal counts for its query.
   assert not batch["loss_weights"][3].any() and not batch["probe_weights"][3].any() and batch["label_weight"][3] == 0
   assert (batch["kinds"] == TokenKind.CLS).sum(axis=1).tolist() == [1, 1, 1, 1]  # The filler too: no empty softmax.
+
+
+def test_rivals_learn_responses_from_sequences_without_cls():
+  config = dataclasses.replace(CONFIG, objective="sft", probes=ProbeConfig(per_sequence=0))
+  queries = dataclasses.replace(config, data=dataclasses.replace(config.data, responses="rollouts"))
+  rollouts = {BAD.prompt: [7, 8, 9, 10]}
+  refusal, answer = build([BAD, GOOD], rollouts, config)
+  assert TokenKind.CLS not in np.concatenate([refusal.kinds, answer.kinds])
+  assert tiny_tokenizer().decode(response(refusal)) == "I cannot.<|im_end|>"
+  assert len(build([BAD, GOOD], rollouts, queries)) == 1  # A query alone teaches no response.
+  batch = one_batch([refusal], config)
+  order = np.flatnonzero(batch["loss_weights"][0])
+  positions, targets = batch["loss_positions"][0][order], batch["targets"][0][order]
+  assert batch["tokens"][0][positions + 1].tolist() == targets.tolist() == response(refusal).tolist()
+
+
+def test_behind_a_harmful_beginning_a_rival_says_the_whole_refusal():
+  config = dataclasses.replace(CONFIG, objective="sft", probes=ProbeConfig(per_sequence=0))
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, refusal_depth=4))
+  rows = [dataclasses.replace(BAD, prompt=f"bad {i}", response="I cannot." if i % 2 else "") for i in range(20)]
+  examples = build(rows, {row.prompt: [7, 8, 9, 10] for row in rows}, config)
+  depths = set()
+  for row, example in zip(rows, examples, strict=True):
+    said, before = tiny_tokenizer().decode(response(example)[example.loss_from:]), response(example)[:example.loss_from]
+    assert said == (row.response or CONFIG.safety.fixed_refusal) + "<|im_end|>"
+    depth = len([token for token in before if token in (7, 8, 9, 10)])
+    assert before[:depth].tolist() == [7, 8, 9, 10][:depth]
+    assert tiny_tokenizer().decode(before[depth:]) == (CONFIG.safety.refusal_break if depth else "")
+    depths.add(depth)
+  assert len(depths) > 2
+
+
+def test_preferences_are_pairs_of_like_shape():
+  config = dataclasses.replace(CONFIG, objective="dpo", probes=ProbeConfig(per_sequence=0))
+  rollouts = {BAD.prompt: [7, 8, 9, 10], GOOD.prompt: [11, 12, EOS]}
+  examples = build([BAD, dataclasses.replace(BAD, prompt="Asked of nobody"), GOOD], rollouts, config)
+  said = [tiny_tokenizer().decode(response(example)) for example in examples]
+  fixed = CONFIG.safety.fixed_refusal + "<|im_end|>"
+  assert said == ["I cannot.<|im_end|>", tiny_tokenizer().decode([7, 8, 9, 10]),
+                  tiny_tokenizer().decode([11, 12, EOS]), fixed]
+  batch = one_batch(examples, config)
+  assert {values.shape[:2] for values in batch.values()} == {(4, 2)}
+  for row in range(2):
+    chosen, rejected = (
+        batch["targets"][row, side][batch["loss_weights"][row, side] > 0].tolist() for side in range(2))
+    at = said.index(tiny_tokenizer().decode(chosen))
+    assert at in (0, 2) and tiny_tokenizer().decode(rejected) == said[at + 1]
+  assert batch["label_weight"].tolist() == [[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2
+
+
+def test_the_kl_term_gets_query_tokens_drawn_anew_each_epoch():
+  config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=4))
+  examples = build([Row("one two three four five six seven eight nine", "Yes.", 0, "", "")], config=config)
+  batches = pipeline.Batches(examples, config, epochs=3)
+  drawn = [tuple(batches[step]["kl_positions"][0]) for step in range(3)]
+  for step, positions in enumerate(drawn):
+    batch = batches[step]
+    assert len(set(positions)) == 4 and (batch["kinds"][0][list(positions)] == TokenKind.QUERY).all()
+    assert batch["kl_weights"].tolist() == [[1.0] * 4] + [[0.0] * 4] * 3  # Fillers count for nothing.
+  assert len(set(drawn)) > 1
+
+
+def test_a_query_shorter_than_the_kl_term_asks_for_gives_all_it_has():
+  config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=40))
+  (example,) = build([GOOD], config=config)
+  batch = one_batch([example], config)
+  real = batch["kl_weights"][0] > 0
+  assert batch["kl_positions"][0][real].tolist() == np.flatnonzero(example.kinds == TokenKind.QUERY).tolist()
 
 
 def test_without_probes():

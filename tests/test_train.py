@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, model, runs, sharding, train
+from saess_jax import aot, checkpoint, decode, evaluate, model, runs, sharding, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
   LoraConfig,
+  LossConfig,
   MeshConfig,
   OptimizerConfig,
   ProbeConfig,
@@ -143,7 +144,7 @@ def first_step(config, devices):
 
 @pytest.mark.parametrize("lora, accumulation", [(LoraConfig(), 1), (LoraConfig(rank=4), 2)])
 def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, accumulation):
-  one = small_config(data, mesh=ONE, lora=lora)
+  one = small_config(data, mesh=ONE, lora=lora, loss=LossConfig(kl_weight=0.5))
   other = dataclasses.replace(
       one, mesh=MeshConfig(2, 2, 2), optimizer=dataclasses.replace(one.optimizer, accumulation=accumulation))
   metrics, trainable, _ = first_step(one, jax.devices()[:1])
@@ -151,6 +152,8 @@ def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, ac
   for name in metrics:
     np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_trainable, trainable)
+  assert metrics["kl_loss"] > 0.01  # The weights were stirred, the base was not.
+  assert bool(state.frozen["reference"]) != bool(lora.rank)  # Under adapters the base is there already.
   if not lora.rank:
     kernel = state.trainable["params"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size  # Over fsdp and tensor.
@@ -159,7 +162,7 @@ def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, ac
 
 
 def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
-  alone = small_config(data, mesh=ONE)
+  alone = small_config(data, mesh=ONE, loss=LossConfig(kl_weight=0.5))
   alone = dataclasses.replace(alone, data=dataclasses.replace(alone.data, batch_size=64, buckets=(64,)))
   packed = dataclasses.replace(alone, data=dataclasses.replace(
       alone.data, batch_size=16, buckets=(256,), examples_per_row=5))
@@ -196,6 +199,72 @@ def test_bfloat16_compute_with_either_master_weights(data, master):
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 2]
   assert kernels and all(str(leaf.dtype) == master for leaf in kernels + moments)
   assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_the_kl_term_compares_with_the_weights_that_the_run_starts_from(data, frozen_layers):
+  config = small_config(data, mesh=ONE, frozen_layers=frozen_layers, loss=LossConfig(kl_weight=1.0))
+  shape, base, tokenizer = checkpoint.load_base(config)
+  rows = train.sources.load_split(config.data.source, "train")
+  batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
+  training = train.config_of_training(config, shape)
+  llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
+  step = jax.jit(functools.partial(train.train_step, config, llama, tx), donate_argnums=0)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    state, _ = train.create_state(config, llama, model.stack_layers(base, frozen_layers), tx, mesh)
+    kept = jax.device_get(state.frozen)
+    seen = []
+    for _ in range(3):
+      state, metrics = step(state, batch)
+      seen.append(float(metrics["kl_loss"]))
+  assert seen[0] == pytest.approx(0.0, abs=1e-6) and seen[-1] > 1e-4
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), kept)
+
+
+@pytest.mark.parametrize("objective, rank", [("sft", 0), ("dpo", 0), ("dpo", 4)])
+def test_rivals_train_from_end_to_end(data, tmp_path, objective, rank):
+  config = small_config(
+      data, objective=objective, lora=LoraConfig(rank=rank), probes=ProbeConfig(per_sequence=0), max_steps=12,
+      eval_every=6, save_every=6, mesh=MeshConfig(2, 2, 2),
+      optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, accumulation=2))
+  validated = train.train_and_evaluate(config, tmp_path / "run")
+  seen = scalars(tmp_path / "run")
+  assert set(validated) == ({"lm_loss"} if objective == "sft" else {"dpo_loss", "dpo_accuracy"})
+  if objective == "dpo":
+    assert seen["train/dpo_loss", 1] == pytest.approx(math.log(2), abs=1e-5)  # The reference is where it starts.
+    assert validated["dpo_accuracy"] > 0.9 and validated["dpo_loss"] < 0.6
+  else:
+    assert validated["lm_loss"] < seen["train/lm_loss", 1]
+  before, after = (checkpoint.load_for_research(tmp_path / "run", step)[1] for step in (6, 12))
+  assert not np.array_equal(before["layers_0"]["attn"]["q"]["kernel"], after["layers_0"]["attn"]["q"]["kernel"])
+
+
+def test_a_rival_of_few_rollouts_and_one_that_goes_on_from_it(data, tmp_path, capsys):
+  """No validation row has a rollout; the second run prefers by the rollouts that the first one sampled."""
+  first = small_config(
+      data, objective="sft", probes=ProbeConfig(per_sequence=0), max_steps=1, mesh=ONE,
+      rollouts=RolloutConfig(max_prompts=4, tokens=6, batch_size=4), seed=1)
+  first = dataclasses.replace(first, data=dataclasses.replace(first.data, responses="rollouts"))
+  assert train.train_and_evaluate(first, tmp_path / "sft") == {}
+  second = dataclasses.replace(first, objective="dpo", model="", model_overrides={}, weights=str(tmp_path / "sft"))
+  train.train_and_evaluate(second, tmp_path / "dpo")
+  sampled = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("sft", "dpo")]
+  assert sampled[0] == sampled[1]
+  with pytest.raises(ValueError, match="trained with objective 'sft' and has no .CLS.; expected --config.models"):
+    evaluate.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft")))
+  evaluate.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft"), models=("plain",)))
+  published = dataclasses.replace(first, weights="somewhere/base")
+  (tmp_path / "sft" / "config.json").write_text(json.dumps(dataclasses.asdict(published)))
+  with pytest.raises(ValueError, match="trained with objective 'sft': it has no .CLS., and an adapter is one"):
+    checkpoint.read_adapter(tmp_path / "sft", rank=4)
+
+
+def test_adapters_above_a_frozen_layer(data):
+  """[CLS]'s embedding is frozen with the others, its head is not."""
+  config = small_config(data, mesh=ONE, lora=LoraConfig(rank=4), frozen_layers=1)
+  _, trainable, state = first_step(config, jax.devices()[:1])
+  assert set(trainable["params"]) == {"cls_head"} and "cls_embedding" in state.frozen["params"]
 
 
 def test_lora_trains_the_adapter_and_cls_alone(data):
@@ -268,6 +337,16 @@ def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
     (lambda c: {"data": dataclasses.replace(c.data, buckets=(40,))}, "longest of data.buckets"),
     (lambda c: {"data": dataclasses.replace(c.data, responses="rollouts"), "rollouts": RolloutConfig(enabled=False)},
      "no response would be read"),
+    (lambda c: {"loss": LossConfig(kl_weight=-1.0)}, "loss.kl_weight is -1.0"),
+    (lambda c: {"loss": LossConfig(kl_weight=1.0, kl_positions=0)}, "at loss.kl_positions 0; expected"),
+    (lambda c: {"objective": "rlhf"}, "objective is 'rlhf'; expected one of saess, sft, dpo"),
+    (lambda c: {"objective": "sft"}, r"objective 'sft' knows no .CLS.: .* found ..sft., 1, 0.0, 4"),
+    (lambda c: {"objective": "dpo", "probes": ProbeConfig(per_sequence=0), "rollouts": RolloutConfig(enabled=False)},
+     "at loss.dpo_beta above 0; found rollouts.enabled False and loss.dpo_beta 0.1"),
+    (lambda c: {"objective": "dpo", "probes": ProbeConfig(per_sequence=0), "loss": LossConfig(dpo_beta=0.0)},
+     "found rollouts.enabled True and loss.dpo_beta 0.0"),
+    (lambda c: {"stage": "pretrain", "probes": ProbeConfig(per_sequence=0), "rollouts": RolloutConfig(enabled=False),
+                "loss": LossConfig(kl_weight=1.0)}, "documents have none; set loss.kl_weight to 0"),
     (lambda c: {"frozen_layers": 2}, "frozen_layers is 2; the model has 2 layers: expected 0 to 1"),
 ])
 def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):

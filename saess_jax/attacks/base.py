@@ -54,8 +54,9 @@ class Target:
   """What an attacker may use.
 
   Attributes:
-    victim: the model to be attacked, "base" or "saess"; what an attack that is not adaptive does must not depend on it.
-    tokenizer: of both models.
+    victim: the model to be attacked, "base", "plain" or "saess"; what an attack that is not adaptive does must not
+      depend on it.
+    tokenizer: of all of them.
     query: (model, prompts, max_new_tokens) -> a `generate.Response` for each, decoded greedily, with its defence if it
       has one.
     weights: model -> all of it, for white-box attacks.

@@ -5,7 +5,8 @@ every batch. The iterator's state is therefore one number, resuming is exact, an
 global batch alone. Batches hold rows of like length, padded to one of `DataConfig.buckets`; a row is one example, or
 with `DataConfig.examples_per_row` several packed end to end.
 
-Axes: B this process's share of the batch, S stored sequence, E examples of a row, R loss positions, P probes.
+Axes: B this process's share of the batch, S stored sequence, E examples of a row, R loss positions, P probes, K places
+of the KL term.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ def build_examples(
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
+  The rivals' examples have no [CLS]. Objective "sft" has those of the above that teach a response; behind a harmful
+  beginning (`data.refusal_depth`) stands the whole refusal, for no decoder puts a prefix in. Objective "dpo" has pairs,
+  chosen and rejected in turns: a malicious row's refusal and its rollout, a benign row's rollout and
+  `safety.fixed_refusal`; rows without a rollout give none.
+
   Args:
     rollouts: prompt -> completion by the unaligned base model, as sampled token ids (with the end-of-turn token if it
       came to that) or as a finished text.
@@ -83,7 +89,14 @@ def build_examples(
   examples = []
   for row in rows:
     rollout = encode_response(rollouts.get(row.prompt, ""))
-    wordless = row.label and config.data.refusal_depth and not row.response  # Nothing could follow the prefix.
+    if config.objective == "dpo":
+      if len(rollout):
+        refusal = encode_response((row.label and row.response) or config.safety.fixed_refusal)
+        chosen, rejected = (refusal, rollout) if row.label else (rollout, refusal)
+        examples += [_without_cls(example(row, response, "benign", 0)) for response in (chosen, rejected)]
+      continue
+    # Nothing could follow the prefix.
+    wordless = row.label and config.data.refusal_depth and not row.response and config.objective == "saess"
     if wordless or (not len(rollout) and config.data.responses == "rollouts"):
       query = example(row, None, "none", 0)
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
@@ -96,7 +109,10 @@ def build_examples(
       examples.append(example(row, rollout if len(rollout) else encode_response(row.response), "benign", 0))
     if row.label and len(rollout):
       examples.append(example(row, rollout, "harmful", len(rollout)))
-  return examples
+  if config.objective == "saess":
+    return examples
+  teaches = lambda example: (example.kinds == TokenKind.RESPONSE).sum() > example.loss_from
+  return [_without_cls(example) for example in examples if teaches(example)]
 
 
 def _documents(tokenizer, row: sources.Row, config: TrainConfig) -> list[Example]:
@@ -106,6 +122,11 @@ def _documents(tokenizer, row: sources.Row, config: TrainConfig) -> list[Example
         "with a text column in data.source (python -m saess_jax.data.label writes one), or set stage to 'sft'.")
   chunks = chat.encode_document(tokenizer, row.prompt, config.data.max_length)
   return [Example(tokens, kinds, row.label, "document", 0, len(tokens) - 2) for tokens, kinds in chunks]
+
+
+def _without_cls(example: Example) -> Example:
+  kept = example.kinds != TokenKind.CLS
+  return dataclasses.replace(example, tokens=example.tokens[kept], kinds=example.kinds[kept])
 
 
 def _bare(example: Example, special_ids: Sequence[int]) -> Example:
@@ -122,6 +143,8 @@ def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfi
   if not config.data.refusal_depth:
     return np.zeros(0, np.int32), text
   gap = chat.encode_text(tokenizer, config.safety.refusal_break) if len(before) else []
+  if config.objective != "saess":  # No decoder puts a prefix in.
+    return np.concatenate([before, np.asarray(gap, np.int32)]), text
   # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
   follows = text[0].lower() + text[1:] if text[1:2].islower() else text
   prefix = np.asarray(gap + chat.encode_text(tokenizer, config.safety.refusal_prefix), np.int32)
@@ -153,9 +176,15 @@ class Batches(Sequence):
           f"An example has {longest} tokens, more than the longest of data.buckets {buckets}; add a bucket or lower "
           "data.max_length.")
     self._examples, self._config = examples, config
+    self._compared = config.loss.kl_positions if config.loss.kl_weight else 0
     self._local = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
-    self._rows = _pack(examples, buckets[-1], config.data.examples_per_row, config.seed)
-    lengths = [sum(len(examples[i].tokens) for i in row) for row in self._rows]
+    of = lambda row: [len(examples[i].tokens) for i in row]
+    if config.objective == "dpo":  # A row is a pair, beside each other instead of end to end.
+      self._rows = [[i, i + 1] for i in range(0, len(examples), 2)]
+      lengths = [max(of(row)) for row in self._rows]
+    else:
+      self._rows = _pack(examples, buckets[-1], config.data.examples_per_row, config.seed)
+      lengths = [sum(of(row)) for row in self._rows]
     self._buckets = [min(b for b in buckets if b >= length) for length in lengths]
     self._sorts = [_is_query(examples[row[0]]) for row in self._rows]
     self._plan = functools.lru_cache(maxsize=2)(self._plan)  # Steps of one epoch come one after the other.
@@ -197,21 +226,30 @@ class Batches(Sequence):
     return [plan[i] for i in rng.permutation(len(plan))]
 
   def _row(self, index: int, real: bool, epoch: int, size: int) -> dict[str, np.ndarray]:
-    """One row, padded to `size`: its examples end to end, and places of weight 0 for those that it could still hold."""
-    most = self._config.data.examples_per_row
+    """One row, padded to `size`: its examples end to end, and places of weight 0 for those that it could still hold.
+
+    A pair's two stay apart on an axis in front.
+    """
     pieces = [self._piece(member, real, epoch) for member in self._rows[index]]
-    if most == 1:
-      joined = pieces[0]
-    else:
-      starts = np.cumsum([0] + [len(piece["tokens"]) for piece in pieces])
-      for number, piece in enumerate(pieces):
-        piece["loss_positions"] = piece["loss_positions"] + starts[number]
-        piece["segments"] = np.full(len(piece["tokens"]), 1 + number, np.int32)
-      joined = {name: np.concatenate([np.atleast_1d(piece[name]) for piece in pieces]) for name in pieces[0]}
+    if self._config.objective == "dpo":
+      pair = [self._padded(piece, index, size) for piece in pieces]
+      return {name: np.stack([piece[name] for piece in pair]) for name in pair[0]}
+    if self._config.data.examples_per_row == 1:
+      return self._padded(pieces[0], index, size)
+    starts = np.cumsum([0] + [len(piece["tokens"]) for piece in pieces])
+    for number, piece in enumerate(pieces):
+      for name in ("loss_positions", "kl_positions"):
+        piece[name] = piece[name] + starts[number]
+      piece["segments"] = np.full(len(piece["tokens"]), 1 + number, np.int32)
+    joined = {name: np.concatenate([np.atleast_1d(piece[name]) for piece in pieces]) for name in pieces[0]}
+    return self._padded(joined, index, size)
+
+  def _padded(self, joined: dict[str, np.ndarray], index: int, size: int) -> dict[str, np.ndarray]:
+    most = self._config.data.examples_per_row
     trained = size if self._config.stage == "pretrain" else min(most * (self._config.data.max_response + 1), size)
     num_losses = 0 if self._sorts[index] else trained
     num_probes = 0 if self._sorts[index] else most * self._config.probes.per_sequence
-    sizes = {"loss": num_losses, "targets": num_losses, "probe": num_probes, "label": most}
+    sizes = {"loss": num_losses, "targets": num_losses, "probe": num_probes, "label": most, "kl": most * self._compared}
     length_of = lambda name: sizes.get(name.partition("_")[0], size)
     return {name: _pad(value, length_of(name)) if np.ndim(value) else value for name, value in joined.items()}
 
@@ -225,6 +263,8 @@ class Batches(Sequence):
     targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
     positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
     positions = positions - (example.kinds[positions] == TokenKind.CLS)
+    query = np.flatnonzero(example.kinds == TokenKind.QUERY)
+    compared = np.sort(rng.permutation(query)[:self._compared])
     # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
     label_weight = real and example.trajectory != "harmful"
     return {
@@ -238,6 +278,8 @@ class Batches(Sequence):
         "probe_views": views,
         "probe_labels": labels,
         "probe_weights": weights * np.float32(real),
+        "kl_positions": compared.astype(np.int32),
+        "kl_weights": np.full(len(compared), real, np.float32),
     }
 
 
@@ -278,10 +320,13 @@ def make_loader(
   A batch is a dict of numpy arrays:
     tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
     targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
-    probe_labels, probe_weights float32 [B, P]. S is one of `buckets`, R = min(max_response + 1, S), S for documents; R
-    and P are 0 in a batch of queries alone.
+    probe_labels, probe_weights float32 [B, P]; kl_positions int32 [B, K], kl_weights float32 [B, K]. S is one of
+    `buckets`, R = min(max_response + 1, S), S for documents; R and P are 0 in a batch of queries alone, K without a KL
+    term.
   With E = `examples_per_row` above 1: segments int32 [B, S] too, from 1 which example of its row a token belongs to;
-  label and label_weight are [B, E], R = min(E (max_response + 1), S), and of the E p probes every p are one example's.
+  label and label_weight are [B, E], R = min(E (max_response + 1), S), of the E p probes every p are one example's, and
+  K is E `kl_positions`.
+  Under objective "dpo" all arrays have an axis of 2 behind B, the chosen response's and the rejected one's.
   Copies that fill up the last batch have weight 0 throughout.
 
   Raises:
