@@ -218,7 +218,7 @@ def preference_loss(
     config: TrainConfig, model: Llama, variables: Any, batch: dict[str, jax.Array], total: losses.Totals
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """In place of `loss_of_batch`: DPO on pairs of sequences without [CLS]: arrays [B, 2, ...], the chosen one first."""
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+  flat = jax.tree.map(lambda x: x.reshape(2 * len(x), *x.shape[2:]), batch)
   def log_probs(variables):
     hidden = model.apply(variables, flat["tokens"]).hidden
     head = model_lib.output_head(variables["params"])
@@ -259,7 +259,7 @@ def train_step(
     grads, metrics = grad(state.trainable, batch)
   else:
     # Every count-th row, not a block of rows, so that each device keeps working on the rows it holds.
-    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), batch)
     add = lambda sums, one: (jax.tree.map(jnp.add, sums, grad(state.trainable, one)), None)
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, state.trainable, first))
