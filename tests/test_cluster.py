@@ -303,6 +303,7 @@ def test_hosts_of_a_tpu(env, served, hosts, monkeypatch):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_or_folders_stop_before_work(data, tmp_path):
   def failed(*workdirs):
     runs = [launch(config_of(data, seed=seed), tmp_path / workdir, 1, [env])[0]

@@ -80,6 +80,7 @@ def test_plain_streams_ask_no_verdicts(tiny_params):
     next(generator.stream("hello", chunk=0))
 
 
+@pytest.mark.slow
 def test_pieces_are_a_whole(tiny_params):
   """start, advance by uneven steps and finish are decode."""
   llama, safety = model.Llama(TINY), SafetyConfig(threshold=0.5)
@@ -140,6 +141,7 @@ def ask(*arguments, stdin=""):
       timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_command_line(trained):
   one = ask("--checkpoint", str(trained), "--prompt", "hello", "--max-new-tokens", "8")
   assert one.returncode == 0 and one.stdout.startswith("[query: P(malicious) 0."), one.stderr
