@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
   command.add_argument("--dtype", default="bfloat16", choices=list(adapters.DTYPES), help="of the pairs")
   command.add_argument("--rank", type=int, default=0, help="for a run that trained all weights: what is kept of them")
   command.add_argument(
-      "--strength", type=float, default=1.0, help="0 to 1: how far from the base to what the run learned")
+      "--strength", type=float, default=1.0, help="above 0, at most 1: how far from the base to what it learned")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:

@@ -198,7 +198,7 @@ def loss_of_batch(
   out = read(variables, probe_visible=probe_visible)
   reference = None
   if "reference" in variables:  # No query token sees [CLS]: the base's being untrained changes nothing.
-    base = jax.lax.stop_gradient(variables["reference"])  # Nor is a backward pass made for it.
+    base = variables["reference"]
     reference = read({"params": base}).hidden, model_lib.output_head(base)
   head = model_lib.output_head(variables["params"])
   return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size, reference)
@@ -235,8 +235,11 @@ OBJECTIVES = {"saess": loss_of_batch, "sft": plain_loss, "dpo": preference_loss}
 
 def _variables(trainable: Any, frozen: Any) -> Any:
   params = {**frozen["params"], **trainable["params"]}
-  reference = {"reference": {**params, **frozen["reference"]}} if "reference" in frozen else {}
-  return {**trainable, **reference, "params": params}
+  if "reference" not in frozen:
+    return {**trainable, "params": params}
+  # [CLS] in it is what is being learned, of which the base's pass is to make no backward pass.
+  reference = jax.lax.stop_gradient({**params, **frozen["reference"]})
+  return {**trainable, "reference": reference, "params": params}
 
 
 def train_step(
@@ -329,8 +332,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     shape, base, tokenizer = checkpoint.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
     training = config_of_training(config, shape)
+    as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
-      as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
       pipeline.Batches(pipeline.build_examples(tokenizer, split, None, as_ours), as_ours, process, processes)
   workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
   rows = cluster.first_then_rest("preparing the data", lambda: {
