@@ -30,8 +30,8 @@ WEIGHTS = TrainConfig(
     matmul_dtype="bfloat16",  # A fifth to a quarter faster than float32 on CPUs that have it.
     data=DataConfig(
         max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
-        max_length=160, max_response=24, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
-    rollouts=RolloutConfig(max_prompts=1280, tokens=24, batch_size=64),
+        max_length=160, max_response=40, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
+    rollouts=RolloutConfig(max_prompts=1920, tokens=24, batch_size=64),
     probes=ProbeConfig(min_window=1, benign_weight=6.0),
     # Two thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
     loss=LossConfig(cls_weight=1.0, kl_weight=1.0, kl_positions=16),
@@ -41,8 +41,8 @@ WEIGHTS = TrainConfig(
     eval_every=0, save_every=1000, keep_last=1,
 )
 ADAPTER = dataclasses.replace(
-    WEIGHTS, lora=LoraConfig(rank=32), max_steps=400,
-    loss=LossConfig(cls_weight=1.0, kl_weight=3.0, kl_positions=16),
+    WEIGHTS, lora=LoraConfig(rank=32),
+    loss=LossConfig(cls_weight=1.0, kl_weight=4.0, kl_positions=24),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, weight_decay=0.01),
 )
 STAGES = {"weights": WEIGHTS, "adapter": ADAPTER}

@@ -256,7 +256,8 @@ class LossConfig:
   cls_weight: float = 0.1
   # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory (none with LoRA).
   kl_weight: float = 0.0
-  kl_positions: int = 8  # Query tokens an example, drawn anew each epoch, at which the two models are compared.
+  # Tokens an example, of its query and of a benign response, drawn anew each epoch, at which the two are compared.
+  kl_positions: int = 8
   dpo_beta: float = 0.1  # Objective dpo: how much a nat of preference weighs (Rafailov et al. 2023).
   chunk: int = 128  # Positions a sequence whose logits exist at one time.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import hf, sharding
+from saess_jax import batching, hf, sharding
 from saess_jax import model as model_lib
 from saess_jax.config import MeshConfig
 from saess_jax.model import Llama
@@ -59,16 +59,12 @@ class FirstWord:
       p float32 [N]: the other word's share of what both words have; share float32 [N]: what both have of everything;
       best int32 [N]: the likeliest first token of all.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Neighbours of like length: little padding.
     results = np.zeros((len(prompts), 2), np.float32)
     best = np.zeros(len(prompts), np.int32)
     place = sharding.batch_sharding(self._mesh)
-    for at in range(0, len(order), self._batch_size):
-      chosen = order[at : at + self._batch_size]
-      filled = chosen + chosen[:1] * (self._batch_size - len(chosen))
+    for chosen, filled, size in batching.by_length(list(map(len, prompts)), self._batch_size, _STEP):
+      tokens = batching.padded((prompts[i] for i in filled), size)
       last = np.asarray([len(prompts[i]) - 1 for i in filled], np.int32)
-      size = -(-(last.max() + 1) // _STEP) * _STEP
-      tokens = np.stack([np.pad(np.asarray(prompts[i], np.int32), (0, size - len(prompts[i]))) for i in filled])
       with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
         out, top = self._ask(self._params, *jax.device_put((tokens, last), place))
       results[chosen], best[chosen] = np.asarray(out)[: len(chosen)], np.asarray(top)[: len(chosen)]

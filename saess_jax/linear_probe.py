@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import tqdm
 
-from saess_jax import attacks, checkpoint, evaluate, metrics
+from saess_jax import attacks, batching, checkpoint, evaluate, metrics
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.masks import TokenKind
@@ -74,14 +74,9 @@ def hidden_states(
     again = [chat.encode_text(tokenizer, prefix), ids[kinds == TokenKind.HEADER]] if prefix else []
     rows.append(np.concatenate([ids, *again]).astype(np.int32))
   found = np.zeros((len(rows), model.config.num_layers, model.config.embed_dim), np.float32)
-  order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-  for at in tqdm.tqdm(range(0, len(order), batch_size), desc="hidden states", unit="batch"):
-    chosen = order[at : at + batch_size]
-    size = -(-max(len(rows[i]) for i in chosen) // _STEP) * _STEP
-    tokens = np.zeros((batch_size, size), np.int32)
-    last = np.zeros(batch_size, np.int32)
-    for line, i in enumerate(chosen):
-      tokens[line, : len(rows[i])], last[line] = rows[i], len(rows[i]) - 1
+  batches = list(batching.by_length(list(map(len, rows)), batch_size, _STEP))
+  for chosen, filled, size in tqdm.tqdm(batches, desc="hidden states", unit="batch"):
+    tokens, last = batching.padded((rows[i] for i in filled), size), np.array([len(rows[i]) - 1 for i in filled])
     found[chosen] = _outputs(model, params, tokens, last)[: len(chosen)]
   return found
 

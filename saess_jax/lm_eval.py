@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import checkpoint, generate
+from saess_jax import batching, checkpoint, generate
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -160,13 +160,8 @@ def model_class() -> type:
     def _scores(self, rows, score=None) -> list[tuple[float, bool]]:
       """Rows are (tokens, kinds, how many at the end are scored)."""
       results: list[Any] = [None] * len(rows)
-      order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-      for at in range(0, len(order), self._batch_size):
-        chosen = order[at : at + self._batch_size]
-        filled = chosen + chosen[:1] * (self._batch_size - len(chosen))
-        size = -(-max(len(rows[i][0]) for i in chosen) // _STEP) * _STEP
-        pad = lambda array, size=size: np.pad(array, (0, size - len(array)))
-        tokens, kinds = (np.stack([pad(rows[i][part]) for i in filled]) for part in (0, 1))
+      for chosen, filled, size in batching.by_length([len(row[0]) for row in rows], self._batch_size, _STEP):
+        tokens, kinds = (batching.padded((rows[i][part] for i in filled), size) for part in (0, 1))
         stops = np.asarray([len(rows[i][0]) for i in filled])[:, None]
         counts = np.asarray([rows[i][2] for i in filled])[:, None]
         scored = (np.arange(size) >= stops - counts) & (np.arange(size) < stops)

@@ -3,7 +3,7 @@
 L_lm is the cross-entropy of response tokens, averaged over all response tokens of the global batch. L_cls is the binary
 cross-entropy of the [CLS] logit (label 1 = malicious), averaged over its sequences, plus, if there are trajectory
 probes (our addition), that of the probes, averaged over the probes. L_kl is KL(base || model) of the next token in
-nats, averaged over some tokens of each query: what the signal costs the language model, as far as queries show it.
+nats, averaged over some tokens of each query and benign response: what the signal costs the language model.
 
 Two rivals, for comparison: L_lm alone (sft), and preferences between two responses (`dpo_loss`).
 

@@ -132,6 +132,11 @@ def cls_slot(kinds: np.ndarray, stage: str, header_sees_cls: bool = True) -> int
   return slot
 
 
+def cls_last(kinds: jax.Array) -> jax.Array:
+  """Indices [..., S] that bring kinds [..., S] into an order in which no row sees a CLS: they all come last."""
+  return jnp.argsort(kinds == TokenKind.CLS, axis=-1, stable=True)
+
+
 def apart(kinds: jax.Array, segments: jax.Array, examples: int) -> jax.Array:
   """Packed rows taken apart: every rule above holds for each example alone, as if the others were PAD.
 

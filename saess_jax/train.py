@@ -92,7 +92,7 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   if config.stage == "pretrain" and config.probes.per_sequence:
     raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
   if config.stage == "pretrain" and config.loss.kl_weight:
-    raise ValueError("The KL term compares at query tokens, and documents have none; set loss.kl_weight to 0.")
+    raise ValueError("The KL term compares at tokens of a query, and documents have none; set loss.kl_weight to 0.")
   if config.stage == "pretrain" and config.rollouts.enabled:
     raise ValueError("rollouts answer prompts, and stage pretrain reads documents; set rollouts.enabled to False.")
   if config.data.responses == "rollouts" and not config.rollouts.enabled:
@@ -197,9 +197,13 @@ def loss_of_batch(
       segments=segments, cls_visible=cls_visible)
   out = read(variables, probe_visible=probe_visible)
   reference = None
-  if "reference" in variables:  # No query token sees [CLS]: the base's being untrained changes nothing.
-    base = variables["reference"]
-    reference = read({"params": base}).hidden, model_lib.output_head(base)
+  if "reference" in variables:  # It has read the same text, in which nothing is [CLS].
+    base, order = variables["reference"], masks.cls_last(batch["kinds"])
+    stored = {"tokens": batch["tokens"], "kinds": batch["kinds"], "positions": positions, "segments": segments}
+    moved = {name: x if x is None else jnp.take_along_axis(x, order, axis=1) for name, x in stored.items()}
+    hidden = read({"params": base}, **moved).hidden
+    back = jnp.argsort(order, axis=1)
+    reference = jnp.take_along_axis(hidden, back[..., None], axis=1), model_lib.output_head(base)
   head = model_lib.output_head(variables["params"])
   return losses.loss_sums(out, head, batch, total, config.loss, model.config.vocab_size, reference)
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import evaluate
+from saess_jax import batching, evaluate
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.generate import Generator
@@ -205,27 +205,24 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
   """Rows of like length together."""
   if not rows:
     raise ValueError("No rows were given; expected at least one text to measure on.")
-  order = sorted(rows, key=lambda row: len(row[0]))
-  return (order[at : at + size] for at in range(0, len(order), size))
+  batches = batching.by_length([len(tokens) for tokens, _ in rows], size, CHUNK)
+  return ([rows[i] for i in chosen] for chosen, _, _ in batches)
 
 
 def _pad(rows: list[Row], size: int, sees_cls: bool) -> _Batch:
   """`size` rows, those that are missing of weight 0; without `sees_cls` [CLS] is taken out."""
   if not sees_cls:
     rows = [(tokens[kinds != TokenKind.CLS], kinds[kinds != TokenKind.CLS]) for tokens, kinds in rows]
+  rows = rows + [(np.zeros(0, np.int32), np.zeros(0, np.int32))] * (size - len(rows))
   responses = [np.flatnonzero(kinds == TokenKind.RESPONSE) for _, kinds in rows]
   up = lambda lengths: -(-max(lengths) // CHUNK) * CHUNK
-  length, longest = up(len(tokens) for tokens, _ in rows), up(len(r) for r in responses)
-  def pad(arrays, to, dtype=np.int32):
-    out = np.zeros((size, to), dtype)
-    for i, array in enumerate(arrays):
-      out[i, : len(array)] = array
-    return out
+  length, longest = up(len(tokens) for tokens, _ in rows), up(map(len, responses))
   return _Batch(
-      tokens=pad((tokens for tokens, _ in rows), length), kinds=pad((kinds for _, kinds in rows), length),
-      before=pad((r - 1 for r in responses), longest),
-      targets=pad((tokens[r] for (tokens, _), r in zip(rows, responses)), longest),
-      weights=pad((np.ones(len(r)) for r in responses), longest, np.float32))
+      tokens=batching.padded((tokens for tokens, _ in rows), length),
+      kinds=batching.padded((kinds for _, kinds in rows), length),
+      before=batching.padded((r - 1 for r in responses), longest),
+      targets=batching.padded((tokens[r] for (tokens, _), r in zip(rows, responses)), longest),
+      weights=batching.padded((np.ones(len(r)) for r in responses), longest, np.float32))
 
 
 def main(argv: list[str] | None = None) -> None:

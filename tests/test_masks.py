@@ -133,6 +133,11 @@ def test_views_skip_tokens_that_were_cut():
   assert picture(seen[0]) == [". . . 1 . . 1 ."]
 
 
+def test_cls_last():
+  assert masks.cls_last(kinds("CAQQHR")).tolist() == [[1, 2, 3, 4, 5, 0]]
+  assert masks.cls_last(kinds("AQCHRAQCHRP")).tolist() == [[0, 1, 3, 4, 5, 6, 8, 9, 10, 2, 7]]
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: masks.attention_mask(kinds("CQ"), "dpo"), "stage is 'dpo'; expected one of pretrain, sft"),
     (lambda: masks.attention_mask(kinds("CQ"), "sft", cls_sees_response="some"), "cls_sees_response is 'some'"),

@@ -210,7 +210,7 @@ def test_preferences_are_pairs_of_like_shape():
 
 def test_the_kl_term_gets_query_tokens_drawn_anew_each_epoch():
   config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=4))
-  examples = build([Row("one two three four five six seven eight nine", "Yes.", 0, "", "")], config=config)
+  examples = build([Row("one two three four five six seven eight nine", "No.", 1, "", "")], config=config)
   batches = pipeline.Batches(examples, config, epochs=3)
   drawn = [tuple(batches[step]["kl_positions"][0]) for step in range(3)]
   for step, positions in enumerate(drawn):
@@ -220,9 +220,21 @@ def test_the_kl_term_gets_query_tokens_drawn_anew_each_epoch():
   assert len(set(drawn)) > 1
 
 
+def test_the_kl_term_follows_benign_responses_and_no_others():
+  config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=200))
+  of = lambda row, rollouts=None: one_batch(build([row], rollouts, config=config), config)
+  benign, malicious = of(GOOD), of(BAD, {BAD.prompt: "Sure."})
+  whole = [TokenKind.QUERY, TokenKind.HEADER, TokenKind.RESPONSE]
+  for batch, kept in ((benign, whole), (malicious, [TokenKind.QUERY])):
+    for at, weights, kinds in zip(batch["kl_positions"], batch["kl_weights"], batch["kinds"]):
+      real = weights > 0
+      assert not real.any() or at[real].tolist() == np.flatnonzero(np.isin(kinds, kept)).tolist()
+    assert (batch["kl_weights"] > 0).any()
+
+
 def test_a_query_shorter_than_the_kl_term_asks_for_gives_all_it_has():
   config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=40))
-  (example,) = build([GOOD], config=config)
+  (example,) = build([BAD], config=config)
   batch = one_batch([example], config)
   real = batch["kl_weights"][0] > 0
   assert batch["kl_positions"][0][real].tolist() == np.flatnonzero(example.kinds == TokenKind.QUERY).tolist()

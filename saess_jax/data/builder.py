@@ -61,7 +61,7 @@ def config_for(
 class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
   """Prompts labelled benign or malicious, with the response to train on."""
 
-  VERSION = tfds.core.Version("1.2.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
+  VERSION = tfds.core.Version("1.3.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
   BUILDER_CONFIGS = [EMBEDDED]
 
   def _info(self) -> tfds.core.DatasetInfo:

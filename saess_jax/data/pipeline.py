@@ -263,8 +263,9 @@ class Batches(Sequence):
     targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
     positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
     positions = positions - (example.kinds[positions] == TokenKind.CLS)
-    query = np.flatnonzero(example.kinds == TokenKind.QUERY)
-    compared = np.sort(rng.permutation(query)[:self._compared])
+    # The base may be asked how it goes on from any query, but a model is to answer as it does benign ones alone.
+    kept = [TokenKind.QUERY] + [TokenKind.HEADER, TokenKind.RESPONSE] * (example.trajectory == "benign")
+    compared = np.sort(rng.permutation(np.flatnonzero(np.isin(example.kinds, kept)))[:self._compared])
     # The query of a harmful trajectory is that of its refusal: counted twice, it would shift the verdict's prior.
     label_weight = real and example.trajectory != "harmful"
     return {
