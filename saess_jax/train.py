@@ -349,8 +349,14 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sampled = sources.draw_evenly(rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed)
     known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
 
-  loader = pipeline.make_loader(
-      pipeline.build_examples(tokenizer, rows["train"], known, config), config, process, processes, config.epochs)
+  examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
+  cut, refusals = pipeline.unfinished(examples)
+  if 2 * cut > refusals and process == 0:
+    logging.warning(
+        "%d of %d refusals are cut before their end, from which the model does not learn to stop; raise "
+        "data.max_response (%d) or data.max_length (%d).", cut, refusals, config.data.max_response,
+        config.data.max_length)
+  loader = pipeline.make_loader(examples, config, process, processes, config.epochs)
   steps = min(len(loader), config.max_steps or len(loader))
   held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
   validation = pipeline.Batches(held_out, config, process, processes) if held_out else ()

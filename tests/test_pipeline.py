@@ -208,6 +208,14 @@ def test_preferences_are_pairs_of_like_shape():
   assert batch["label_weight"].tolist() == [[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2
 
 
+def test_refusals_that_are_cut_are_counted():
+  rows = [Row("one", "I will not say a word of that.", 1, "", ""), Row("two", "No.", 1, "", ""), GOOD]
+  assert pipeline.unfinished(build(rows)) == (0, 2)
+  short = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, max_response=6))
+  assert pipeline.unfinished(build(rows, config=short)) == (1, 2)
+  assert pipeline.unfinished(build(rows, {"one": "Sure, first", "two": "Well"}, config=short)) == (1, 2)
+
+
 def test_the_kl_term_gets_query_tokens_drawn_anew_each_epoch():
   config = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=1.0, kl_positions=4))
   examples = build([Row("one two three four five six seven eight nine", "No.", 1, "", "")], config=config)

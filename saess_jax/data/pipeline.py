@@ -115,6 +115,12 @@ def build_examples(
   return [_without_cls(example) for example in examples if teaches(example)]
 
 
+def unfinished(examples: Sequence[Example]) -> tuple[int, int]:
+  """How many refusals are cut before their end, of how many: from such a model does not learn to stop."""
+  refusals = [example for example in examples if example.trajectory in ("refusal", "interrupted")]
+  return sum((r.kinds == TokenKind.RESPONSE).sum() == r.response_length for r in refusals), len(refusals)
+
+
 def _documents(tokenizer, row: sources.Row, config: TrainConfig) -> list[Example]:
   if row.response:
     raise ValueError(
