@@ -3,6 +3,7 @@
   full            nothing changed
   no_attention    no strategic attention: [CLS] always sees the query and all of the response so far
   no_decoding     no strategic decoding: verdicts are kept and nothing is done about them
+  high            an intervention is a fixed refusal that ends the response
   each, first, periodic, annealing    when [CLS] is asked again
   r_N             r1 = r2 = r3 = N
   tau_N           malicious verdicts running before the refusal goes in
@@ -21,6 +22,7 @@ CHANGES = {
     "full": {},
     "no_attention": dict(r1=EVERYTHING, r2=EVERYTHING, r3=EVERYTHING, rule2_keeps_query=True),
     "no_decoding": dict(dependency="low"),
+    "high": dict(dependency="high"),
     **{name: dict(schedule=name) for name in ("each", "first", "periodic", "annealing")},
 }
 NUMBERS = {
