@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,7 +184,7 @@ def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> 
     judged_by: names of judges; () for whichever there are.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  names = judged_by or sorted(path.stem for path in (workdir / "judgements").glob("*.jsonl"))
+  names = judged_by or sorted(urllib.parse.unquote(path.stem) for path in (workdir / "judgements").glob("*.jsonl"))
   found = {
       name: {_key(record): record["judgement"] for record in _judgements(workdir, name).read()} for name in names}
   return [
@@ -199,7 +200,7 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _judgements(workdir: pathlib.Path, judge: str) -> Records:
-  return Records(workdir / "judgements" / (judge.replace("/", "_") + ".jsonl"))
+  return Records(workdir / "judgements" / (urllib.parse.quote(judge, safe=":") + ".jsonl"))
 
 
 def _plan(config: EvalConfig, suites: dict[str, list[sources.Row]]) -> list[tuple[str, str, list[int]]]:
@@ -303,14 +304,13 @@ def _record(
 
 
 def _judge(
-    name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records, at_a_time: int = 256
-) -> None:
+    name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records) -> None:
   """Has one judge judge what it has not judged yet, or judged in another version."""
   there = {_key(record) for record in records.read() if record["judgement"]["version"] == judge.version}
   missing = [row for row in responses if _key(row) not in there]
   with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
-    for at in range(0, len(missing), at_a_time):
-      rows = missing[at : at + at_a_time]
+    for at in range(0, len(missing), judge.at_a_time):
+      rows = missing[at : at + judge.at_a_time]
       write = lambda judged, rows=rows: records.append(
           {key: row[key] for key in _KEYS} | {"judgement": dataclasses.asdict(judgement)}
           for row, judgement in zip(rows, judged))

@@ -92,16 +92,21 @@ def main(argv: list[str] | None = None) -> None:
   rows = Records(pathlib.Path(options.evaluation).expanduser() / "responses.jsonl").read()
   if not rows:
     parser.error(f"{options.evaluation} holds no responses; expected the --workdir of an evaluation (eval.py).")
-  models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint))
+  by_model = metrics.group([row for row in rows if row["label"] == 1], "model")
+  models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(by_model)))
   report: dict[str, dict[str, Any]] = {}
   print(f"{'model, attack':<36}{'n':>6}   entropy (nats), sharpness: before token 1, mean of {options.tokens}")
-  for model, of_model in metrics.group([row for row in rows if row["label"] == 1], "model").items():
+  for model, of_model in by_model.items():
     for method, kept in metrics.group(of_model, "method").items():
       values = of_responses(models.weights(model), kept, options.tokens, options.k)
+      if not np.isfinite(values).any():
+        print(f"{model + ', ' + method:<36}{0:>6}   every response is empty")
+        continue
       first, mean = np.nanmean(values[:, 0], axis=0), np.nanmean(values, axis=(0, 1))
       report.setdefault(model, {})[method] = {
-          "n": int(np.isfinite(values[:, 0, 0]).sum()), "entropy": np.nanmean(values[..., 0], axis=0).tolist(),
-          "sharpness": np.nanmean(values[..., 1], axis=0).tolist()}
+          "n": int(np.isfinite(values[:, 0, 0]).sum()),
+          **{name: [float(x) for x in np.nanmean(values[:, np.isfinite(values[..., 0]).any(axis=0), i], axis=0)]
+             for i, name in enumerate(("entropy", "sharpness"))}}
       print(f"{model + ', ' + method:<36}{report[model][method]['n']:>6}   {first[0]:.3f} {mean[0]:.3f}   "
             f"{first[1]:.3f} {mean[1]:.3f}", flush=True)
   path = pathlib.Path(options.evaluation).expanduser() / "sharpness.json"

@@ -80,7 +80,7 @@ class _Batch:
 
 def encode_rows(
     tokenizer: Any, prompts: Sequence[chat.Messages], responses: Sequence[str], max_length: int,
-    system_prompt: str = "") -> list[Row]:
+    system_prompt: str = "", header_sees_cls: bool = True) -> list[Row]:
   """Prompts with their responses (end-of-turn token included) in the stored layout; what is longer is cut.
 
   Raises:
@@ -92,7 +92,8 @@ def encode_rows(
     if not len(ids):
       raise ValueError(f"Response {i} is {response!r}; expected text.")
     rows.append(chat.encode_example(
-        tokenizer, prompt, ids, stage="sft", header_sees_cls=True, max_length=max_length, system_prompt=system_prompt))
+        tokenizer, prompt, ids, stage="sft", header_sees_cls=header_sees_cls, max_length=max_length,
+        system_prompt=system_prompt))
   return rows
 
 
@@ -220,7 +221,8 @@ def _pad(rows: list[Row], size: int, sees_cls: bool) -> _Batch:
   return _Batch(
       tokens=batching.padded((tokens for tokens, _ in rows), length),
       kinds=batching.padded((kinds for _, kinds in rows), length),
-      before=batching.padded((r - 1 for r in responses), longest),
+      before=batching.padded(  # [CLS], stored there where the header does not see it, predicts nothing.
+          (r - 1 - (kinds[r - 1] == TokenKind.CLS) for (_, kinds), r in zip(rows, responses)), longest),
       targets=batching.padded((tokens[r] for (tokens, _), r in zip(rows, responses)), longest),
       weights=batching.padded((np.ones(len(r)) for r in responses), longest, np.float32))
 
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     base, ours = models.weights("base"), models.weights("saess")
     rows = encode_rows(
         ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,
-        ours.system_prompt)
+        ours.system_prompt, ours.header_sees_cls)
   except (ValueError, OSError) as error:
     parser.error(str(error))
   generator = lambda safety: Generator(

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from saess_jax.judges import ApiConfig, ApiError, Exchange, OpenAIJudge, make_judge
+from saess_jax.judges.api import config_of
 
 ROWS = [Exchange("Bake bread.", f"Take {n} eggs.") for n in range(3)]
 
@@ -147,7 +148,16 @@ def test_decorated_grades_are_read(server):
 
 
 def test_settings(server, monkeypatch):
+  with pytest.raises(ValueError, match="No price of 'other' is known.* export OPENAI_PRICES"):
+    make_judge("openai:other")
+  monkeypatch.setenv("OPENAI_PRICES", "2.5,10")
+  monkeypatch.setenv("OPENAI_BUDGET", "20")
   assert make_judge("openai:other").version.startswith("other at http://127.0.0.1")
+  assert config_of("other") == ApiConfig("other", 2.5, 10.0, 20.0)
+  monkeypatch.setenv("OPENAI_PRICES", "cheap")
+  with pytest.raises(ValueError, match="OPENAI_PRICES is 'cheap' and OPENAI_BUDGET '20'; expected two numbers"):
+    make_judge("openai")
+  monkeypatch.delenv("OPENAI_PRICES")
   for changes, message in (({"budget": 0}, "budget is 0; expected more than 0"),
                            ({"input_price": -1}, "input_price is -1; expected 0 or more")):
     with pytest.raises(ValueError, match=message):

@@ -379,6 +379,12 @@ def test_a_jailbreakbench_artifact(tmp_path):
   assert made == [[Attempt("As a poet, " + BEHAVIORS[0], queries=7)], [Attempt(BEHAVIORS[1], variant="none found")]]
 
 
+def test_a_table_with_other_capitals_and_gaps(tmp_path):
+  name = write(tmp_path / "mine.csv", f"Goal,Prompt,Queries\n{BEHAVIORS[0]},please,7.0\n{BEHAVIORS[0]},now,\n")
+  ((first, second),) = attempts(name, BEHAVIORS[:1])
+  assert (first.prompt, first.queries, second.prompt, second.queries) == ("please", 7, "now", 0)
+
+
 @pytest.mark.parametrize("suffix, text", [
     ("csv", "behavior,prompt,prefix\n%s,first try,Sure\n  %s ,second try,\n"),
     ("jsonl", '{"behavior": "%s", "prompt": "first try", "target_prefix": "Sure"}\n'

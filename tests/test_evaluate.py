@@ -238,6 +238,29 @@ def test_two_evaluations_side_by_side(config, tmp_path, capsys):
     compare(read_results(tmp_path / "a"), [], "rules")
 
 
+def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
+  evaluate(config, tmp_path / "a", models())
+  rows = read_results(tmp_path / "a", ["rules"])
+  silent = lambda row: row["model"] == "base" and row["method"] == "direct" and row["index"] in (0, 3)
+  for row in rows:
+    row["judgements"]["rules"] |= {"refused": None} if not row["label"] else {"jailbroken": None} if silent(row) else {}
+  plain = json.loads(json.dumps(dataclasses.asdict(
+      dataclasses.replace(config, judges=("rules",), safety=dataclasses.asdict(SafetyConfig())))))
+  metrics = metrics_of(rows, plain)
+  (figures,) = metrics["figures"].values()
+  direct = figures["attack_success_rate"]["base"]["direct"]
+  assert (direct["n"], direct["count"]) == (2, 2) and figures["unjudged"]["rules"] == 2
+  assert figures["attack_success_rate"]["saess"]["direct"]["n"] == 4 and not figures["over_refusal"]
+  assert "Of 2 responses to malicious prompts the judge said nothing" in table(metrics)
+  lines = [line.split()[-6:] for line in compare(rows, rows, "rules").splitlines()]
+  assert not any("(benign)" in line for line in lines) and ["(malicious)", "100%", "100%", "0", "0", "1.000"] in lines
+
+
+def test_judges_whose_names_differ_in_a_slash_keep_files_of_their_own(tmp_path):
+  one, other = (evaluate_lib._judgements(tmp_path, name) for name in ("llama_guard:m/a", "llama_guard:m_a"))
+  assert one.path != other.path and one.path.parent == tmp_path / "judgements"
+
+
 # ---- Going on
 
 

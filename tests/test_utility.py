@@ -89,13 +89,17 @@ def test_against_torch(models, rows):
   assert result.tokens == count and result.value == pytest.approx(kl / count, rel=1e-4) and kl / count > 0.1
 
 
-def test_what_sees_cls(models, rows):
+@pytest.mark.parametrize("header_sees_cls", [True, False])
+def test_what_sees_cls(models, header_sees_cls):
   (base, base_params), (model, params) = models
+  rows = utility.encode_rows(tiny_tokenizer(), PROMPTS, RESPONSES, 512, header_sees_cls=header_sees_cls)
   nll, kl, count = 0.0, 0.0, 0
   for tokens, kinds in rows:
     at = np.flatnonzero(kinds == TokenKind.RESPONSE)
     bare, bare_at = plain((tokens, kinds))
-    q = log_probs(forward(model.config, params, padded(tokens), padded(kinds))[0])[at - 1]
+    before = at - 1 - (kinds[at - 1] == TokenKind.CLS)
+    assert header_sees_cls or before[0] == at[0] - 2
+    q = log_probs(forward(model.config, params, padded(tokens), padded(kinds))[0])[before]
     p = log_probs(forward(base.config, base_params, padded(bare))[0])[bare_at - 1]
     nll, kl, count = nll - q[np.arange(len(at)), tokens[at]].sum(), kl + (np.exp(p) * (p - q)).sum(), count + len(at)
   assert utility.perplexity(model, params, rows, sees_cls=True).value == pytest.approx(np.exp(nll / count), rel=1e-5)

@@ -2,7 +2,8 @@
 
   JSON         JailbreakBench's schema (Chao et al. 2024): {"parameters": ..., "jailbreaks": [{"index", "goal",
                "behavior", "prompt", ...}, ...]}; "goal" is the request, "behavior" only its title
-  CSV, JSONL   columns goal (or behavior) and prompt; prefix (or target_prefix) and queries if there are some
+  CSV, JSONL   columns goal (or behavior) and prompt; prefix (or target_prefix) and queries if there are some; names of
+               columns in any case
 
 Several rows of a behavior are several attempts. A prompt that is null, or empty in a CSV, is a behavior for which that
 attack found nothing; it is asked as it stands.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +52,7 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
   """The attempts at each behavior by its key; none where the file says that nothing was found."""
   found: dict[str, list[Attempt]] = {}
   for place, record in _records(path):
+    record = {str(name).strip().lower(): value for name, value in record.items()}
     behavior, prompt = _first(record, BEHAVIOR), record.get("prompt")
     if not isinstance(behavior, str) or "prompt" not in record:
       raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")
@@ -57,12 +60,12 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
     for name, text in (("prompt", prompt or ""), ("prefix", prefix)):
       if not isinstance(text, str):
         raise ValueError(f"{place} has a {name} of type {type(text).__name__}; expected text.")
-    if not str(queries).isdecimal():
+    if not re.fullmatch(r"\d+(\.0)?", str(queries)):  # A table with gaps in it holds its whole numbers as 7.0.
       raise ValueError(f"{place} has queries {queries!r}; expected a number of 0 or more.")
     attempts = found.setdefault(_key(behavior), [])
     if prompt and prompt.strip():
       variant = f"attempt {len(attempts) + 1}" if attempts else ""
-      attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(queries)))
+      attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(float(queries))))
   if not found:
     raise ValueError(f"{path} is empty; expected rows with behavior (or goal) and prompt.")
   return found

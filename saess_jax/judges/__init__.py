@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saess_jax.judges.api import ApiConfig, ApiError, OpenAIJudge
+from saess_jax.judges.api import ApiConfig, ApiError, OpenAIJudge, config_of
 from saess_jax.judges.base import Exchange, Judge, Judgement
 from saess_jax.judges.guard import HarmBenchJudge, LlamaGuardJudge
 from saess_jax.judges.prefix import PrefixJudge
@@ -25,7 +25,8 @@ def make_judge(spec: str) -> Judge:
       "harmbench_mistral:PATH", where PATH is what `hf.load_pretrained` takes; "openai" or "openai:MODEL".
 
   Raises:
-    ValueError: no such judge; a path that is missing or too much; a model that is none of these; no API key.
+    ValueError: no such judge; a path that is missing or too much; a model that is none of these; no API key, or no
+      price of a model.
     FileNotFoundError: no such model.
   """
   name, _, rest = spec.partition(":")
@@ -34,7 +35,7 @@ def make_judge(spec: str) -> Judge:
       raise ValueError(f"{name} takes nothing behind its name, but {rest!r} was given.")
     return OFFLINE[name]()
   if name == "openai":
-    return OpenAIJudge(ApiConfig(model=rest) if rest else ApiConfig())
+    return OpenAIJudge(config_of(rest))
   if name in _MODELS:
     if not rest:
       raise ValueError(f"{name} needs a model: {name}:PATH, a folder, a .gguf file or a Hub id.")

@@ -51,10 +51,12 @@ _GRADES = {"refused": "01", "convincing": "12345", "specific": "12345"}
 class ApiConfig:
   """Which model is asked, and how much that may cost. The prices go with the model; they are not looked up.
 
+  By name ("openai:MODEL") they come from the environment: OPENAI_PRICES="2.5,10" and OPENAI_BUDGET="20".
+
   Attributes:
     model: the server's name for it.
     input_price, output_price: US dollars a million tokens.
-    budget: US dollars that one judge may spend in all.
+    budget: US dollars that one judge may spend; a command that is given again begins anew.
     max_tokens: of an answer.
     timeout: seconds that a request may take.
     attempts: at each row: after errors that may pass (429, 5xx, timeouts, a lost connection) and malformed answers.
@@ -71,6 +73,30 @@ class ApiConfig:
   wait: float = 1.0
 
 
+def config_of(model: str = "") -> ApiConfig:
+  """The config of a model by name, "" for the default one.
+
+  Raises:
+    ValueError: a model without OPENAI_PRICES, or what is there is not numbers.
+  """
+  prices, budget = os.environ.get("OPENAI_PRICES", ""), os.environ.get("OPENAI_BUDGET", "")
+  if model not in ("", ApiConfig.model) and not prices:
+    raise ValueError(
+        f'No price of {model!r} is known, so no budget can hold; export OPENAI_PRICES="INPUT,OUTPUT", US dollars a '
+        "million tokens (0,0 for a server that costs nothing).")
+  changes = {"model": model} if model else {}
+  try:
+    if prices:
+      changes["input_price"], changes["output_price"] = map(float, prices.split(","))
+    if budget:
+      changes["budget"] = float(budget)
+  except ValueError:
+    raise ValueError(
+        f"OPENAI_PRICES is {prices!r} and OPENAI_BUDGET {budget!r}; expected two numbers with a comma between them, "
+        "and a number: US dollars.") from None
+  return ApiConfig(**changes)
+
+
 class ApiError(RuntimeError):
   """Judging had to stop. `judged` holds the verdicts on the first rows, which were paid for."""
 
@@ -83,6 +109,7 @@ class OpenAIJudge(Judge):
   """One request a row, one after the other, at temperature 0. `spent` counts US dollars, over all calls."""
 
   name = "strongreject"
+  at_a_time = 1  # Each is paid for.
 
   def __init__(self, config: ApiConfig = ApiConfig(), sleep: Callable[[float], None] = time.sleep):
     """

@@ -57,10 +57,12 @@ class Judge(abc.ABC):
   Attributes:
     name: the key of its verdicts in a results file.
     version: with `name` says what a verdict depends on, so that old and new ones are never mixed.
+    at_a_time: rows after which an evaluation writes the verdicts down: what a killed one loses.
   """
 
   name: str
   version: str
+  at_a_time = 256
 
   @abc.abstractmethod
   def judge_many(self, rows: Sequence[Exchange]) -> list[Judgement]:

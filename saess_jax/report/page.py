@@ -340,7 +340,7 @@ class _Report:
     mine = [row for row in self.rows if row["model"] == self.defended]
     kinds = [
         [row for row in mine if row["label"] == 1 and refused(row, self.judge)],
-        [row for row in mine if row["label"] == 0 and not refused(row, self.judge)]]
+        [row for row in mine if row["label"] == 0 and refused(row, self.judge) is False]]
     lines = [
         [self.book.link(row, "row"), ("benign", "malicious")[row["label"]], row["method"],
          shorten(row["behavior"], 160), outcome(row, self.judge, self.safety, 160)]

@@ -98,7 +98,8 @@ def budgets(rows: Rows, judge: str) -> dict[str, dict[str, dict[str, Any]]]:
   """What it took to get through, for attacks that had to ask a model more than once.
 
   Attacks that differ in their number alone ("gcg_50", "gcg_200") are one family, of which a behavior's cheapest success
-  counts. Within one attack the attempts at a behavior come one after the other and their queries add up.
+  counts; one that has its namesake without a number beside it is another attack ("homoglyphs_3"). Within one attack the
+  attempts at a behavior come one after the other and their queries add up.
 
   Returns:
     [family][model] -> {"n": behaviors, "spent": the most queries that a behavior cost, "successes": queries of the
@@ -106,9 +107,10 @@ def budgets(rows: Rows, judge: str) -> dict[str, dict[str, dict[str, Any]]]:
   """
   families: dict[str, dict[str, dict[str, Any]]] = {}
   malicious = [row for row in rows if row["label"] == 1]
+  methods = {row["method"] for row in malicious}
   for row in malicious:
-    row_family = re.sub(r"_\d+$", "", row["method"])
-    families.setdefault(row_family, {}).setdefault(row["model"], []).append(row)
+    stem = re.sub(r"_\d+$", "", row["method"])
+    families.setdefault(row["method"] if stem in methods else stem, {}).setdefault(row["model"], []).append(row)
   found: dict[str, dict[str, dict[str, Any]]] = {}
   for family, models in families.items():
     for model, kept in models.items():

@@ -16,7 +16,7 @@ Row = dict[str, Any]  # Of `evaluate.read_results`.
 _OFFLINE = ("rules", "prefix")  # Their reasons hold nothing of a response but a refusal's words; see `judges`.
 
 
-def refused(row: Row, judge: str) -> bool:
+def refused(row: Row, judge: str) -> bool | None:
   return row["judgements"][judge]["refused"]
 
 
@@ -61,7 +61,8 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
   if not row["generated"].strip():
     return "empty"
   if row["label"] == 0:
-    return f"{'refused' if refused(row, judge) else 'answered'}: “{shorten(row['response'], limit)}”"
+    what = {True: "refused", False: "answered", None: "not judged"}[refused(row, judge)]
+    return f"{what}: “{shorten(row['response'], limit)}”"
   if not refused(row, judge):
     return "complied" if complied(row, judge) else "neither refused nor complied"
   start, stop = refusal_tokens(row, safety)
