@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
       if not np.isfinite(values).any():
         print(f"{model + ', ' + method:<36}{0:>6}   every response is empty")
         continue
-      first, mean = np.nanmean(values[:, 0], axis=0), np.nanmean(values, axis=(0, 1))
+      by_token = np.nanmean(values[:, np.isfinite(values[..., 0]).any(axis=0)], axis=0)
+      first, mean = by_token[0], np.nanmean(values, axis=(0, 1))
       report.setdefault(model, {})[method] = {
-          "n": int(np.isfinite(values[:, 0, 0]).sum()),
-          **{name: [float(x) for x in np.nanmean(values[:, np.isfinite(values[..., 0]).any(axis=0), i], axis=0)]
-             for i, name in enumerate(("entropy", "sharpness"))}}
+          "n": int(np.isfinite(values[:, 0, 0]).sum()), "entropy": by_token[:, 0].tolist(),
+          "sharpness": by_token[:, 1].tolist()}
       print(f"{model + ', ' + method:<36}{report[model][method]['n']:>6}   {first[0]:.3f} {mean[0]:.3f}   "
             f"{first[1]:.3f} {mean[1]:.3f}", flush=True)
   path = pathlib.Path(options.evaluation).expanduser() / "sharpness.json"

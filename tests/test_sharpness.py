@@ -1,9 +1,13 @@
 """How sure the next token is: literal distributions, and rows read again as they were decoded."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from make_golden import write_with_tokenizer
+from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import hf, sharpness
 from saess_jax.attacks import Weights
@@ -54,6 +58,23 @@ def test_a_plain_model_is_read_as_in_one_pass():
   ids += tokenizer("Sure, flour", add_special_tokens=False).input_ids
   logits = llama.apply({"params": params}, jnp.asarray([ids])).logits[0, -6:-1]  # Before each of " flour"[1:].
   np.testing.assert_allclose(values[:, 1], jax.nn.softmax(logits).max(axis=-1), atol=1e-6)
+
+
+def test_the_command_over_an_evaluation(tmp_path, capsys):
+  folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
+  keep = dict(model="base", label=1, prompt="bread", prefix_tokens=0)
+  rows = [
+      keep | {"method": "direct", "response": "Take", "tokens": list("Take")},
+      keep | {"method": "direct", "response": "No", "tokens": list("No")},
+      keep | {"method": "nested", "response": "", "tokens": []},
+      keep | {"method": "direct", "label": 0, "response": "Yes", "tokens": list("Yes")}]
+  (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path), "--tokens", "9"])
+  assert "every response is empty" in capsys.readouterr().out
+  said = json.loads((tmp_path / "sharpness.json").read_text(), parse_constant=pytest.fail)  # No NaN in it.
+  figures = said["by_model"]["base"]["direct"]
+  assert said["by_model"].keys() == {"base"} and said["by_model"]["base"].keys() == {"direct"} and figures["n"] == 2
+  assert len(figures["entropy"]) == len(figures["sharpness"]) < 9 and all(0.1 <= x <= 1 for x in figures["sharpness"])
 
 
 def test_an_evaluation_without_responses_is_named(tmp_path, capsys):
