@@ -1,15 +1,9 @@
-"""Eight fake CPU devices for every test, set before jax starts, and one cache of what is compiled for all of them."""
+"""Eight fake CPU devices for every test, set before jax starts."""
 
 import os
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-# Inherited by the workers of pytest-xdist and by every process that a test starts; gone when the tests end.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  _compiled = tempfile.TemporaryDirectory(prefix="saess_jax_tests_")
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
