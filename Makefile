@@ -14,7 +14,7 @@ export JAX_PLATFORMS ?= cpu
 # Huge pages for large arrays (glibc 2.35 or newer, ignored elsewhere): a training step on a CPU takes a quarter less.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo train test test-slow chaos lint
+.PHONY: demo train test test-slow test-harness chaos lint
 
 demo: $(BIN)/.saess-runtime
 	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(ADAPTER) --workdir runs/demo
@@ -36,6 +36,11 @@ test: $(BIN)/.saess-dev
 
 test-slow: $(BIN)/.saess-dev
 	$(BIN)/python -m pytest -m slow
+
+# What needs lm-evaluation-harness, which brings much along: not part of the other tests.
+test-harness: $(BIN)/.saess-dev
+	$(BIN)/python -m pip install -q lm_eval
+	$(BIN)/python -m pytest tests/test_lm_eval.py
 
 # Kills, damaged checkpoints, a full disk, changed data: ten minutes, and the table of docs/faults.md.
 chaos: $(BIN)/.saess-runtime

@@ -6,7 +6,7 @@ Three steps over JSONL, each of which goes on where it was interrupted when the 
   responses.jsonl       what each model answers; one line a response
   judgements/JUDGE.jsonl    what each judge says of each response; another judge needs no new responses
   metrics.json          what `metrics.metrics_of` makes of these, written anew each time
-  evaluation.json       what is evaluated: config, checkpoint, a digest of the prompts; another evaluation's is refused
+  evaluation.json       what is evaluated: config, checkpoint, a digest of the files; another evaluation's is refused
 
   python -m saess_jax.evaluate OUT_A OUT_B      what differs between two evaluations, behavior by behavior
 """
@@ -75,10 +75,16 @@ def load_models(config: EvalConfig) -> Models:
   identity, trained, step = path, None, None
   if checkpoint.is_run(path):
     trained = runs.read_config(path)
-    if trained.objective != "saess" and "saess" in config.models:
-      raise ValueError(
-          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
-          "\"('base','plain')\", its weights decoded plainly.")
+    if trained.objective != "saess":
+      if "saess" in config.models:
+        raise ValueError(
+            f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
+            "\"('base','plain')\", its weights decoded plainly.")
+      asking = [name for name in config.attacks if "saess" in attacks_lib.make_attack(name).asks]
+      if asking:
+        raise ValueError(
+            f"{path} trained with objective {trained.objective!r} and has no [CLS] that {', '.join(asking)} could ask; "
+            "leave it out of --config.attacks, or craft it on an SA-ESS run and give its file (file:PATH).")
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()
@@ -126,7 +132,8 @@ def evaluate(
     load: gives the models.
 
   Raises:
-    ValueError: an unknown attack, judge, model or suite, no rows, or a `workdir` that holds something else.
+    ValueError: an unknown attack, judge, model or suite, no rows, a prompt that does not fit the model's context with
+      its response, or a `workdir` that holds something else.
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
@@ -136,7 +143,11 @@ def evaluate(
   models = load(config)
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
-  _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity})
+  if not (workdir / "evaluation.json").exists():
+    for suite, rows in suites.items():
+      _check_fit(models.generator(config.models[0], config.max_new_tokens), suite, [(row.prompt, "") for row in rows])
+  digest = _digest(suites, [attacks_lib.make_attack(name) for name in config.attacks])
+  _claim_workdir(workdir, {"config": claimed, "rows": digest, "models": models.identity})
 
   attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
   _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
@@ -266,6 +277,10 @@ def _respond(
     for number, attempt in enumerate(made):
       if (suite, method, model, index, number) not in there:
         groups.setdefault((model, suite, method, attempt.sampling), []).append((index, number, attempt))
+  for (_, suite, method, _), jobs in groups.items():
+    any_model = next(iter(groups))[0]  # They read alike, and have the same context.
+    _check_fit(models.generator(any_model, config.max_new_tokens), f"{suite}, {method}",
+               [(attempt.prompt, attempt.prefix) for *_, attempt in jobs])
   with tqdm.tqdm(total=sum(map(len, groups.values())), desc="responses", unit="response", disable=not groups) as bar:
     for (model, suite, method, sampling), jobs in groups.items():
       bar.set_postfix_str(f"{method} {model}")
@@ -276,11 +291,20 @@ def _respond(
         chosen = jobs[at : at + 4 * config.batch_size]
         responses = generator.respond(
             [attempt.prompt for *_, attempt in chosen], [attempt.prefix for *_, attempt in chosen], sampling=sampling,
-            places=[_place(suite, method, index, number) for index, number, _ in chosen])
+            places=[_place(suite, method, index, number) for index, number, _ in chosen],
+            soft_suffixes=[attempt.soft_suffix for *_, attempt in chosen])
         records.append(
             _record(suite, method, model, index, number, suites[suite][index], attempt, response)
             for (index, number, attempt), response in zip(chosen, responses, strict=True))
         bar.update(len(chosen))
+
+
+def _check_fit(generator: Any, where: str, asked: Sequence[tuple[Any, str]]) -> None:
+  """Raises ValueError, with `where` in it, unless each (prompt, prefix) leaves room for a response."""
+  try:
+    generator.check_fit(*zip(*asked))
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
 
 
 def _place(suite: str, method: str, index: int, number: int) -> int:
@@ -344,9 +368,11 @@ def _plain(config: EvalConfig) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _digest(suites: dict[str, list[sources.Row]]) -> str:
-  return hashlib.sha256(json.dumps({
-      suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}).encode()).hexdigest()
+def _digest(suites: dict[str, list[sources.Row]], attacks: Sequence[attacks_lib.Attack]) -> str:
+  """Of all that the evaluation was given in files: prompts, and attacks made by others."""
+  rows = {suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}
+  files = {f"attack {attack.name}": attack.content for attack in attacks if attack.content}
+  return hashlib.sha256(json.dumps(rows | files).encode()).hexdigest()
 
 
 def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
@@ -362,7 +388,7 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
       f"{key} is {now!r} now and {then!r} there"
       for key, now, then in [
           *((k, v, theirs["config"].get(k)) for k, v in claim["config"].items()),
-          ("the digest of the prompts", claim["rows"], theirs["rows"]),
+          ("the digest of the prompts and attack files", claim["rows"], theirs["rows"]),
           ("the model", claim["models"], theirs["models"])] if now != then]
   if different:
     raise ValueError(

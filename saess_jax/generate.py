@@ -27,7 +27,7 @@ from saess_jax import decode as decode_lib
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama, Params
+from saess_jax.model import Llama, Params, with_rows
 from saess_jax.policy import Phase
 from saess_jax.sampling import SamplingConfig
 
@@ -104,7 +104,7 @@ class Generator:
 
     `header_sees_cls` as in training: it says where [CLS] is stored.
     """
-    self.tokenizer = tokenizer
+    self.tokenizer, self._model = tokenizer, model
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
@@ -114,7 +114,8 @@ class Generator:
   def respond(
       self, prompts: Sequence[chat.Messages], prefixes: Sequence[str] | None = None,
       max_new_tokens: int | None = None, progress: str = "", sampling: SamplingConfig | None = None,
-      places: Sequence[int] | None = None) -> list[Response]:
+      places: Sequence[int] | None = None, soft_suffixes: Sequence[Sequence[Sequence[float]]] | None = None
+  ) -> list[Response]:
     """Answers every prompt, in order.
 
     Args:
@@ -124,6 +125,7 @@ class Generator:
       progress: a label for a progress bar; "" shows none.
       sampling: in place of the generator's own; compiles nothing new.
       places: numbers that tell the prompts' draws apart; their order by default.
+      soft_suffixes: for each prompt free embeddings [R, D] that are read in the place of its last R tokens, or ().
 
     Raises:
       ValueError: a prompt that with its response exceeds the model's context, or more new tokens than there is room.
@@ -142,11 +144,16 @@ class Generator:
         chosen = order[at : at + self._batch_size]
         batch = self._batch(
             [rows[i] for i in chosen], [forced[i] for i in chosen], [places[i] for i in chosen], limit,
-            self._sampling if sampling is None else sampling)
+            self._sampling if sampling is None else sampling,
+            [np.asarray(soft_suffixes[i], np.float32) for i in chosen] if soft_suffixes else [])
         for i, response in zip(chosen, batch):
           responses[i] = response
         bar.update(len(chosen))
     return responses
+
+  def check_fit(self, prompts: Sequence[chat.Messages], prefixes: Sequence[str]) -> None:
+    """Raises the ValueError of `respond` for a prompt that is too long, and asks nothing."""
+    self._encode(prompts, prefixes)
 
   def stream(self, prompt: Any, prefix: str = "", chunk: int = 4) -> Iterator[Chunk]:
     """Answers one prompt as `respond` does, in pieces of about `chunk` tokens; the last one may hold no text.
@@ -210,16 +217,33 @@ class Generator:
         raise ValueError(
             f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
             f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self._limit}. "
-            "Shorten the prompt or max_new_tokens.")
+            f"Shorten or leave out {str(prompts[i])[:60]!r}, or lower max_new_tokens.")
     return rows, forced
 
-  def _batch(self, rows, forced, places, limit, sampling) -> list[Response]:
+  def _batch(self, rows, forced, places, limit, sampling, soft_suffixes) -> list[Response]:
     # Few shapes are compiled: of batches, and of prefixes, where a prefill attack has more than one length.
     fill = min(self._batch_size, 1 << math.ceil(math.log2(len(rows)))) - len(rows)
     inputs = self._inputs(
         rows + rows[:1] * fill, forced + forced[:1] * fill, [*places, *places[:1] * fill], limit, sampling)
-    result = jax.device_get(self._decode(self._params, *inputs))
+    decode, params = self._decode, self._params
+    if any(map(len, soft_suffixes)):
+      prompt, decode, params = self._soften(inputs[0], soft_suffixes)
+      inputs = (prompt, *inputs[1:])
+    result = jax.device_get(decode(params, *inputs))
     return [self._read(result, row, forced[row], limit) for row in range(len(rows))]
+
+  def _soften(self, prompt, soft_suffixes):
+    """(prompt, decode, params) in which the last tokens of each query are rows behind the embeddings."""
+    first, longest = len(self._params["embed"]["embedding"]), max(map(len, soft_suffixes))
+    table = np.zeros((len(prompt.tokens), longest, self._params["embed"]["embedding"].shape[1]), np.float32)
+    tokens = np.array(prompt.tokens)
+    for i, suffix in enumerate(soft_suffixes):
+      if len(suffix):
+        table[i, : len(suffix)] = suffix
+        tokens[i, np.flatnonzero(prompt.kinds[i] == TokenKind.QUERY)[-len(suffix):]] = (
+            first + i * longest + np.arange(len(suffix)))
+    model, params = with_rows(self._model, self._params, table.reshape(-1, table.shape[-1]))
+    return prompt.replace(tokens=tokens), _jitted(model)[0], params
 
   def _inputs(
       self, rows, forced, places, limit, sampling) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:

@@ -388,6 +388,19 @@ def pad_vocab(params: Params, rows: int) -> Params:
   return padded
 
 
+def with_rows(model: Llama, params: Params, rows: jax.Array) -> tuple[Llama, Params]:
+  """The model with `rows` [R, D] behind its embeddings: free vectors that a prompt can name by id.
+
+  Row i has the id `len(embedding) + i`. It counts as padding of the vocabulary: it has no logit and is never sampled.
+  """
+  table = params["embed"]["embedding"]
+  extended = {**params, "embed": {"embedding": jnp.concatenate([table, jnp.asarray(rows, table.dtype)])}}
+  if "lm_head" in params:
+    extended["lm_head"] = {"kernel": jnp.pad(params["lm_head"]["kernel"], ((0, 0), (0, len(rows))))}
+  padding = len(table) - model.config.vocab_size + len(rows)
+  return Llama(model.config.replace(vocab_padding=padding)), extended
+
+
 def stack_layers(params: Params, frozen: int = 0) -> Params:
   """Unrolled params (`layers_0`, ...) -> scan form (`layers`, leaves with a leading L axis). Others pass through.
 

@@ -23,7 +23,7 @@ from saess_jax.sampling import SamplingConfig
 
 BEHAVIORS = [f"Do the forbidden thing number {i}." for i in range(12)]
 OWN = "Step one: take the blue box. Step two: open it with the key."
-NAMES = [name.replace("_N", "_6") for name in ATTACKS if not re.search("PATH|gcg|autodan", name)]  # No weights.
+NAMES = [name.replace("_N", "_6") for name in ATTACKS if not re.search("PATH|gcg|autodan|soft", name)]  # No weights.
 
 
 def target(seed=0):
@@ -148,6 +148,7 @@ def test_the_cut_never_leaves_half_a_character():
 
 def test_the_sweep_is_the_papers():
   ways = [a.sampling for a in attempts("sampling", ["x"])[0]]
+  assert all(a.queries == 1 for a in attempts("sampling", ["x"])[0])  # Who sweeps reads every answer.
   assert ways[:20] == [SamplingConfig(temperature=round(0.05 * i, 2)) for i in range(1, 21)]
   assert [way.top_k for way in ways[20:29]] == [1, 2, 5, 10, 20, 50, 100, 200, 500]
   assert [way.top_p for way in ways[29:]] == [round(0.05 * i, 2) for i in range(1, 21)]

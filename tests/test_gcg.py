@@ -90,7 +90,7 @@ def test_rows_behind_the_embeddings_read_like_tokens_and_have_no_logit(params, t
   if not tied:
     params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
   plain = model.Llama(shape.replace(tie_embeddings=tied))
-  extended, longer = objective.with_rows(plain, params, params["embed"]["embedding"][jnp.asarray([7, 9])])
+  extended, longer = model.with_rows(plain, params, params["embed"]["embedding"][jnp.asarray([7, 9])])
   by_row = extended.apply({"params": longer}, jnp.asarray([[5, 512, 513, 6]])).logits
   assert by_row.shape == (1, 4, 512)
   np.testing.assert_array_equal(by_row, plain.apply({"params": params}, jnp.asarray([[5, 7, 9, 6]])).logits)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import shutil
 
 import jax
@@ -137,3 +139,33 @@ def test_generation_of_the_harness(folder):
   assert longer.startswith(shorter) or shorter.startswith(longer)
   with pytest.raises(ValueError, match="safety is 'maybe'; expected on or off"):
     lm_eval.model_class()(weights=str(folder), safety="maybe")
+
+
+def test_the_task_files_that_ship_run_in_the_harness(folder, tmp_path, monkeypatch):
+  pytest.importorskip("lm_eval", reason="the harness is an optional install")
+  answers = ["A", "B", "C", "D", "A", "B"]
+  with open(tmp_path / "mmlu.csv", "w", newline="") as file:
+    table = csv.writer(file)
+    table.writerow(["prompt", "answer"])
+    table.writerows([f"Which one is {i}?\nA. 0\nB. 1\nC. 2\nD. 3", answer] for i, answer in enumerate(answers))
+  (tmp_path / "gsm8k.jsonl").write_text("".join(
+      json.dumps({"question": f"What is {i} and 1?", "answer": f"One more. #### {i + 1}"}) + "\n" for i in range(2)))
+  monkeypatch.setenv("SAESS_MMLU", str(tmp_path / "mmlu.csv"))
+  monkeypatch.setenv("SAESS_GSM8K", str(tmp_path / "gsm8k.jsonl"))
+  tasks = pathlib.Path(__file__).parents[1] / "benchmarks" / "lm_eval"
+  out = tmp_path / "results.json"
+  # The tiny context has no room for 160 new tokens.
+  copy = shutil.copytree(folder, tmp_path / "model")
+  settings = json.loads((copy / "config.json").read_text())
+  (copy / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 512}))
+  lm_eval.main(["--weights", str(copy), "--safety", "on", "--include", str(tasks), "--tasks", "saess_mmlu,saess_gsm8k",
+                "--out", str(out)])
+  kept = json.loads(out.read_text())
+  assert {name: n["effective"] for name, n in kept["n"].items()} == {"saess_mmlu": 6, "saess_gsm8k": 2}
+  # By hand: the letter that is likeliest behind the same context.
+  rows = list(csv.DictReader(open(tmp_path / "mmlu.csv", newline="")))
+  model = lm_eval.model_class()(weights=str(copy), safety="on")
+  said = [max("ABCD", key=lambda letter: model.loglikelihood(requests(
+      "loglikelihood", (f"{row['prompt']}\n\nAnswer with one letter.", f" {letter}")))[0][0]) for row in rows]
+  assert kept["results"]["saess_mmlu"]["acc,none"] == pytest.approx(np.mean([a == b for a, b in zip(said, answers)]))
+  assert kept["results"]["saess_gsm8k"]["exact_match,last_number"] in (0, 0.5, 1)

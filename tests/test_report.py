@@ -292,6 +292,28 @@ def test_another_judge_may_lead(tmp_path):
   assert "blue-box" not in text and "would be harmful" not in text
 
 
+def test_a_judge_of_harm_leads_in_its_own_words(tmp_path):
+  judged = lambda r: {
+      "refused": None, "jailbroken": r["model"] == "base" or r["index"] == 0, "reason": "unsafe",
+      "judge": "llama_guard", "version": "m"}
+  rows = [{**r, "judgements": {"llama_guard": judged(r)}} for r in ROWS]
+  text = page(tmp_path, rows, EvalConfig(attacks=ATTACKS, judges=("llama_guard",)))
+  parsed(text)
+  assert re.search(r"<h1>(.*?)</h1>", text)[1] == (
+      "Malicious prompts answered harmfully under at least one of 3 attacks: SA-ESS 17% [3, 56], base model "
+      "100% [61, 100].")
+  assert "An attack succeeds by a response that the judge finds harmful. Leaked" in text
+  assert "not refused" not in text and "malicious prompts, were harmful" in text
+
+
+def test_two_suites_with_one_source_have_bars_of_their_own(tmp_path):
+  benign = [r for r in ROWS if r["label"] == 0]
+  rows = [{**r, "suite": suite, "source": source} for suite in ("benign:a.csv", "benign:b.csv")
+          for r, source in zip(benign, ["list", "list", "other", "other", "list", "list"])]
+  text = page(tmp_path, rows, EvalConfig(attacks=("direct",)))
+  assert all(f"· list (benign:{name}.csv)" in text for name in "ab")
+
+
 # ---- What is printed
 
 

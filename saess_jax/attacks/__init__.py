@@ -15,6 +15,7 @@ from saess_jax.attacks.past import Past
 from saess_jax.attacks.persuasion import Persuasion
 from saess_jax.attacks.prefill import Prefill, PrefillOwn
 from saess_jax.attacks.sampling import Sampling
+from saess_jax.attacks.soft_prompt import SoftPrompt
 from saess_jax.attacks.translation import Translation
 from saess_jax.attacks.trigger import FakeRefusal, Filler, FillerPrefill, Injection, Late
 from saess_jax.attacks.turns import ManyShot, MultiTurn
@@ -31,6 +32,7 @@ ATTACKS = {
     "homoglyphs_N": encodings.WorstWords, "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler,
     "filler_prefill_N": FillerPrefill, "late_N": Late, "fake_refusal": FakeRefusal, "injection": Injection,
     "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls, "autodan_N": AutoDan, "autodan_cls_N": AutoDanCls,
+    "soft_prompt_N": SoftPrompt,
     "file:PATH": File,
 }
 

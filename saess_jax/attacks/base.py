@@ -22,6 +22,7 @@ class Attempt:
     prefix: what the response is made to begin with; "" nothing.
     sampling: how the response is drawn, where the attacker chooses it; greedy by default.
     variant: which of an attack's several attempts at a behavior this is, in words; "" where there is one.
+    soft_suffix: free embeddings [R, D] in the place of the prompt's last R tokens ("soft prompt"); none if empty.
     queries, tokens: the attack's budget for this attempt: calls of a model (of any kind: a gradient is one) and the
       tokens that it generated.
   """
@@ -30,6 +31,7 @@ class Attempt:
   prefix: str = ""
   sampling: SamplingConfig = SamplingConfig()
   variant: str = ""
+  soft_suffix: Sequence[Sequence[float]] = ()
   queries: int = 0
   tokens: int = 0
 
@@ -77,11 +79,15 @@ class Attack(abc.ABC):
     name: stands in the `method` column of all results and tells the settings.
     adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
     at_a_time: behaviors for which it is asked at once; what is made in one go is lost if the run is killed in it.
+    asks: models that it asks whoever the victim is.
+    content: a digest of the file that it was read from, so that an evaluation is not resumed with another; "" none.
   """
 
   name: str
   adaptive: bool = False
   at_a_time: int = 64
+  asks: tuple[str, ...] = ()
+  content: str = ""
 
   @abc.abstractmethod
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:

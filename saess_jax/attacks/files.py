@@ -11,6 +11,7 @@ attack found nothing; it is asked as it stands.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import re
@@ -30,7 +31,9 @@ class File(Attack):
 
   def __init__(self, path: str):
     """Raises FileNotFoundError, or ValueError for another ending, a malformed file or one without the columns."""
-    self.name, self._found = f"file:{path}", _read(pathlib.Path(path).expanduser())
+    file = pathlib.Path(path).expanduser()
+    self.name, self._found = f"file:{path}", _read(file)
+    self.content = hashlib.sha256(file.read_bytes()).hexdigest()
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """Raises ValueError for behaviors that are not in the file."""

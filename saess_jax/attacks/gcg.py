@@ -170,7 +170,7 @@ def one_hot_gradient(
     size: int, slots: int) -> tuple[Scores, jax.Array]:
   """The loss of one row and its gradient with respect to the one-hot vectors of its suffix.
 
-  The suffix is fed as rows of its own behind the embeddings (`objective.with_rows`): with x = onehot @ E, the gradient
+  The suffix is fed as rows of its own behind the embeddings (`model.with_rows`): with x = onehot @ E, the gradient
   is (dloss / dx) E^T.
 
   Args:

@@ -30,7 +30,7 @@ from saess_jax.attacks.base import Weights
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama, Params, output_head
+from saess_jax.model import Llama, Params, output_head, with_rows
 
 CHUNK = 32  # Rows that are scored at once; one compilation serves any number of them.
 SLOTS = 16  # Target slots are a multiple of this, so that targets of like length share a compilation.
@@ -127,7 +127,7 @@ def score(
     safety: the defence; None: a plain language model, in which nothing sees [CLS].
     cls_weight: scalar; of the CLS terms beside L_lm's 1.
     slots: T, at least the tokens of any target.
-    head: [D, V or more] in place of the model's own (`with_rows` changes a tied one).
+    head: [D, V or more] in place of the model's own (`model.with_rows` changes a tied one).
   """
   at = jnp.arange(slots)
   response = rows.kinds == TokenKind.RESPONSE
@@ -174,19 +174,6 @@ def score_all(weights: Weights, rows: Rows, cls_weight: float, slots: int) -> Sc
     results.append(jax.device_get(
         compiled_score(weights.model, weights.params, chunk, weights.safety, float(cls_weight), slots=slots)))
   return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
-
-
-def with_rows(model: Llama, params: Params, rows: jax.Array) -> tuple[Llama, Params]:
-  """The model with `rows` [R, D] behind its embeddings: free vectors that a prompt can name by id.
-
-  Row i has the id `len(embedding) + i`. It counts as padding of the vocabulary: it has no logit and is never sampled.
-  """
-  table = params["embed"]["embedding"]
-  extended = {**params, "embed": {"embedding": jnp.concatenate([table, rows.astype(table.dtype)])}}
-  if "lm_head" in params:
-    extended["lm_head"] = {"kernel": jnp.pad(params["lm_head"]["kernel"], ((0, 0), (0, len(rows))))}
-  padding = len(table) - model.config.vocab_size + len(rows)
-  return Llama(model.config.replace(vocab_padding=padding)), extended
 
 
 def score_embeddings(

@@ -23,7 +23,7 @@ FAMILIES = (  # (in words, sampling) of each member.
 
 
 class Sampling(Attack):
-  """49 attempts, or `count`, each with a sampling of its own."""
+  """49 attempts, or `count`, each with a sampling of its own: a query each, for who sweeps has to read every answer."""
 
   def __init__(self, count: int | None = None):
     """Raises ValueError for a count above 49."""
@@ -37,7 +37,9 @@ class Sampling(Attack):
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     del target
-    return [[Attempt(behavior, sampling=way, variant=words) for words, way in self.ways] for behavior in behaviors]
+    return [
+        [Attempt(behavior, sampling=way, variant=words, queries=1) for words, way in self.ways]
+        for behavior in behaviors]
 
 
 def _shares(count: int) -> list[int]:

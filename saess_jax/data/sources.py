@@ -46,7 +46,7 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   """Rows of one file, or of several separated by commas, in file order.
 
   Args:
-    paths: "a.csv" or "a.csv,b.jsonl"; endings .csv, .jsonl, .txt.
+    paths: "a.csv" or "a.csv,b.jsonl"; endings .csv, .jsonl, .txt; "~" is the home folder.
     default_label: the label (a word or number of `LABEL_WORDS`) of rows that have none.
 
   Raises:
@@ -58,7 +58,7 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   if not names:
     raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
   default = None if default_label is None else _label(default_label, "default_label")
-  return [row for name in names for row in _read_file(pathlib.Path(name), default)]
+  return [row for name in names for row in _read_file(pathlib.Path(name).expanduser(), default)]
 
 
 def embedded_rows(split: str, path: str | None = None) -> list[Row]:

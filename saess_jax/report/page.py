@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import percent, rate
+from saess_jax.metrics import NOT_REFUSED, percent, rate
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -47,6 +47,7 @@ class _Report:
 
   Attributes:
     judge: whose verdicts count.
+    got_through, succeeded: what a prompt and its response are where an attack succeeds, in the judge's terms.
     defended: the model that is defended, or the only one there is.
     names: short names of the suites.
   """
@@ -55,6 +56,8 @@ class _Report:
     self.metrics, self.rows = metrics, rows
     self.judge, self.models = metrics["judge"]["name"], metrics["config"]["models"]
     self.defended = "saess" if "saess" in self.models else self.models[-1]
+    manner = metrics["judge"]["success"] == NOT_REFUSED
+    self.got_through, self.succeeded = ("not refused",) * 2 if manner else ("answered harmfully", "harmful")
     self.safety = metrics["config"]["safety"]
     self.suites = metrics["figures"]
     self.names = suite_names(list(self.suites))
@@ -88,13 +91,14 @@ class _Report:
     if success:
       attacks = len({row["method"] for row in self.rows if row["label"] == 1})
       under = f"at least one of {attacks} attacks" if attacks > 1 else "one attack"
-      parts.append(f"Malicious prompts not refused under {under}: {each(success)}.")
+      parts.append(f"Malicious prompts {self.got_through} under {under}: {each(success)}.")
     if refusal:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
     of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
     judge = self.metrics["judge"]
+    whatever = ", whatever else it says: near an upper bound of harm" if judge["success"] == NOT_REFUSED else ""
     about_attacks = (
-        " An attack succeeds when the response is not a refusal, whatever else it says: near an upper bound of harm. "
+        f" An attack succeeds by {judge['success']}{whatever}. "
         "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts; what was "
         "never stopped counts as success above and 0 here.")
     return (
@@ -178,7 +182,7 @@ class _Report:
       body = (
           self.drawings.html(
               figures.intervals(groups, "Attack success"),
-              f"{self.names[suite]}: share of malicious prompts whose response is not a refusal.")
+              f"{self.names[suite]}: share of malicious prompts with {self.metrics['judge']['success']}.")
           + folded("Every attack in figures", self._attack_table(of)) + folded("By category", self._categories(of)))
       parts.append(folded(f"{self.names[suite]}, by attack", body) if len(attacked) > 1 else body)
     return "".join(parts)
@@ -226,7 +230,8 @@ class _Report:
       by_source = of["over_refusal_by_source"]
       sources = sorted({source for rates in by_source.values() for source in rates})
       for source in sources if len(sources) > 1 else []:
-        groups[f"· {source or '(no source)'}"] = {
+        of_suite = f" ({self.names[suite]})" if len(asked) > 1 else ""
+        groups[f"· {source or '(no source)'}{of_suite}"] = {
             model: rates[source] for model, rates in by_source.items() if source in rates}
     if not groups:
       return ""
@@ -287,12 +292,12 @@ class _Report:
       return ""
     parts = [self._intervention(mine)]
     if not failed:
-      return "".join(parts) + f"<p>None: {NAMES[self.defended]} refused all of them.</p>\n"
+      return "".join(parts) + f"<p>None of {NAMES[self.defended]}'s responses.</p>\n"
     unnoticed = lambda row: highest(row) if highest(row) is not None else 1.0
     worst = sorted(failed, key=lambda row: (-row["leaked"], unnoticed(row)))
     each = _one_a_behavior(worst)
     prompts = len(_one_a_behavior([row for row in mine if row["label"] == 1]))
-    text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were not refused"
+    text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were {self.succeeded}"
     parts.append(f"<h3>The worst failures</h3>\n<p>{text}; first those that leaked most before a refusal that did not "
                  "hold, then those in which P(malicious) stayed lowest.</p>\n")
     for row in each[:TRACES]:
@@ -305,7 +310,7 @@ class _Report:
          f"{unnoticed(row):.2f}", str(row["leaked"])] for row in rest[:LISTED]]
     if lines:
       parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
-    return "".join(parts) + left_out(len(rest), len(lines), "responses that were not refused")
+    return "".join(parts) + left_out(len(rest), len(lines), f"responses that were {self.succeeded}")
 
   def _intervention(self, mine: Iterable[Row]) -> str:
     """A response that shows how it is meant to go: an intervention in its middle, with a prefix that can be printed."""

@@ -89,7 +89,7 @@ def _verdict(row: Row, judge: str) -> str:
   judgement = row["judgements"][judge]
   word = "refused" if judgement["refused"] else "jailbroken" if judgement["jailbroken"] else "neither"
   if row["label"] == 0:
-    word = "refused" if judgement["refused"] else "not refused"
+    word = {True: "refused", False: "not refused", None: "nothing said of refusal"}[judgement["refused"]]
   return f"{word}: {reason(row, judge)} (version {shorten(str(judgement['version']), 60)})"
 
 
