@@ -26,6 +26,7 @@ from saess_jax.evaluate import Models, evaluate, read_results
 from saess_jax.generate import Generator, Response
 from saess_jax.metrics import compare, mcnemar, metrics_of, table, wilson_interval
 from saess_jax.model import Llama, nn
+from saess_jax.report import write_report
 from saess_jax.sampling import SamplingConfig
 
 REFUSAL = "Sorry, I cannot fulfill your request because it would be harmful."
@@ -260,6 +261,13 @@ def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   assert "Of 2 responses to malicious prompts the judge said nothing" in table(metrics)
   lines = [line.split()[-6:] for line in compare(rows, rows, "rules").splitlines()]
   assert not any("(benign)" in line for line in lines) and ["(malicious)", "100%", "100%", "0", "0", "1.000"] in lines
+  for row in rows:  # Of base, asked directly, nothing at all.
+    row["judgements"]["rules"] |= {"jailbroken": None} if row["model"] == "base" and row["method"] == "direct" else {}
+  metrics = metrics_of(rows, plain)
+  (figures,) = metrics["figures"].values()
+  assert figures["attack_success_rate"]["base"]["direct"] == {"rate": None, "low": 0, "high": 1, "count": 0, "n": 0}
+  assert table(metrics).splitlines()[1].split() == ["direct", "-", "0%", "[0,", "49]"]
+  write_report(metrics, rows, tmp_path / "report.html")
 
 
 def test_judges_whose_names_differ_in_a_slash_keep_files_of_their_own(tmp_path):

@@ -28,7 +28,7 @@ def intervals(groups: dict[str, dict[str, dict[str, float]]], label: str) -> Fig
   for k, model in enumerate(models):
     named = False
     for i, rates in enumerate(groups.values()):
-      if model not in rates:
+      if model not in rates or not rates[model]["n"]:
         continue
       rate, y = rates[model], i + (k - (len(models) - 1) / 2) * 0.26
       axes.plot(

@@ -107,7 +107,7 @@ def shorten(text: str, limit: int = 240) -> str:
 
 def share(rate: dict[str, float] | None) -> str:
   """"12% [8, 17]" on one line, or a dash."""
-  return NONE if rate is None else percent(rate).replace(" ", "\N{NO-BREAK SPACE}")
+  return NONE if rate is None or not rate["n"] else percent(rate).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def count(rate: dict[str, float] | None) -> str:

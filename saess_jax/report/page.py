@@ -154,7 +154,7 @@ class _Report:
         + "</tbody>\n")
 
   def _worst(self, rates: dict[str, dict[str, float]]) -> str:
-    attack = max(rates, key=lambda name: rates[name]["rate"])
+    attack = max(rates, key=lambda name: rates[name]["rate"] or 0.0)
     return f"{share(rates[attack])} <span class='soft'>{escape(shorten(attack, 40))}</span>"
 
   def _leaked(self, suite: str, model: str) -> str:
