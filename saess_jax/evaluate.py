@@ -66,7 +66,7 @@ def load_models(config: EvalConfig) -> Models:
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
-      "saess" of a rival's run.
+      "saess" of a rival's run, or an attack that asks its [CLS].
   """
   path = config.checkpoint
   if not path:
@@ -80,7 +80,7 @@ def load_models(config: EvalConfig) -> Models:
         raise ValueError(
             f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
             "\"('base','plain')\", its weights decoded plainly.")
-      asking = [name for name in config.attacks if "saess" in attacks_lib.make_attack(name).asks]
+      asking = [name for name in config.attacks if attacks_lib.make_attack(name).asks_cls]
       if asking:
         raise ValueError(
             f"{path} trained with objective {trained.objective!r} and has no [CLS] that {', '.join(asking)} could ask; "
@@ -140,14 +140,19 @@ def evaluate(
   chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
+  if not (workdir / "evaluation.json").exists() and (workdir.is_file() or workdir.is_dir() and any(workdir.iterdir())):
+    raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
   models = load(config)
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
   if not (workdir / "evaluation.json").exists():
-    for suite, rows in suites.items():
-      _check_fit(models.generator(config.models[0], config.max_new_tokens), suite, [(row.prompt, "") for row in rows])
-  digest = _digest(suites, [attacks_lib.make_attack(name) for name in config.attacks])
-  _claim_workdir(workdir, {"config": claimed, "rows": digest, "models": models.identity})
+    for suite, method, indices in _plan(config, suites):
+      if method == "direct":
+        _check_fit(models.generator(config.models[0], config.max_new_tokens), suite,
+                   [(suites[suite][i].prompt, "") for i in indices])
+  files = {name: attacks_lib.make_attack(name).content for name in config.attacks}
+  _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity, "attack files": {
+      name: content for name, content in files.items() if content}})
 
   attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
   _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
@@ -244,8 +249,11 @@ def _attempts(
                  disable=not jobs) as bar:
     for suite, method, attack, victim, indices in jobs:
       bar.set_postfix_str(method)
-      found = attack.attempts(
-          [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
+      try:
+        found = attack.attempts(
+            [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
+      except ValueError as error:
+        raise ValueError(f"{suite}, {method}: {error}") from error
       new = [{"suite": suite, "method": method, "victim": victim, "index": i,
               "attempts": [dataclasses.asdict(attempt) for attempt in attempts]}
              for i, attempts in zip(indices, found, strict=True)]
@@ -319,7 +327,8 @@ def _record(
   return {
       "suite": suite, "method": method, "model": model, "index": index, "attempt": number, "label": row.label,
       "category": row.category, "source": row.source, "behavior": row.prompt, "prompt": attempt.prompt,
-      "prefix": attempt.prefix, "variant": attempt.variant, "sampling": dataclasses.asdict(attempt.sampling),
+      "prefix": attempt.prefix, "variant": attempt.variant, "soft_tokens": len(attempt.soft_suffix),
+      "sampling": dataclasses.asdict(attempt.sampling),
       "response": response.text, "generated": response.generated, "queries": attempt.queries,
       "query_tokens": attempt.tokens, "initial_prob": number_of(response.initial_prob),
       "intervened_at": response.intervened_at, "leaked": response.leaked, "evaluations": response.evaluations,
@@ -368,18 +377,14 @@ def _plain(config: EvalConfig) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _digest(suites: dict[str, list[sources.Row]], attacks: Sequence[attacks_lib.Attack]) -> str:
-  """Of all that the evaluation was given in files: prompts, and attacks made by others."""
-  rows = {suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}
-  files = {f"attack {attack.name}": attack.content for attack in attacks if attack.content}
-  return hashlib.sha256(json.dumps(rows | files).encode()).hexdigest()
+def _digest(suites: dict[str, list[sources.Row]]) -> str:
+  return hashlib.sha256(json.dumps({
+      suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}).encode()).hexdigest()
 
 
 def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
   path = workdir / "evaluation.json"
   if not path.exists():
-    if workdir.is_file() or workdir.is_dir() and any(workdir.iterdir()):
-      raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
     staging.write_text(path, json.dumps(claim, indent=2) + "\n")
     return
@@ -388,7 +393,8 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
       f"{key} is {now!r} now and {then!r} there"
       for key, now, then in [
           *((k, v, theirs["config"].get(k)) for k, v in claim["config"].items()),
-          ("the digest of the prompts and attack files", claim["rows"], theirs["rows"]),
+          ("the digest of the prompts", claim["rows"], theirs["rows"]),
+          ("the digest of attack files", claim["attack files"], theirs.get("attack files", claim["attack files"])),
           ("the model", claim["models"], theirs["models"])] if now != then]
   if different:
     raise ValueError(

@@ -128,7 +128,8 @@ class Generator:
       soft_suffixes: for each prompt free embeddings [R, D] that are read in the place of its last R tokens, or ().
 
     Raises:
-      ValueError: a prompt that with its response exceeds the model's context, or more new tokens than there is room.
+      ValueError: a prompt that with its response exceeds the model's context, more new tokens than there is room, or a
+        soft suffix that is longer than its prompt.
     """
     limit = self._max_new_tokens if max_new_tokens is None else max_new_tokens
     if not 0 < limit <= self._max_new_tokens:
@@ -239,9 +240,11 @@ class Generator:
     tokens = np.array(prompt.tokens)
     for i, suffix in enumerate(soft_suffixes):
       if len(suffix):
+        query = np.flatnonzero(prompt.kinds[i] == TokenKind.QUERY)
+        if len(suffix) > len(query):
+          raise ValueError(f"A soft suffix has {len(suffix)} rows; expected at most the prompt's {len(query)} tokens.")
         table[i, : len(suffix)] = suffix
-        tokens[i, np.flatnonzero(prompt.kinds[i] == TokenKind.QUERY)[-len(suffix):]] = (
-            first + i * longest + np.arange(len(suffix)))
+        tokens[i, query[-len(suffix):]] = first + i * longest + np.arange(len(suffix))
     model, params = with_rows(self._model, self._params, table.reshape(-1, table.shape[-1]))
     return prompt.replace(tokens=tokens), _jitted(model)[0], params
 

@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
   rows = Records(pathlib.Path(options.evaluation).expanduser() / "responses.jsonl").read()
   if not rows:
     parser.error(f"{options.evaluation} holds no responses; expected the --workdir of an evaluation (eval.py).")
-  by_model = metrics.group([row for row in rows if row["label"] == 1], "model")
+  # What soft prompts fed cannot be read again from a row.
+  by_model = metrics.group([row for row in rows if row["label"] == 1 and not row.get("soft_tokens")], "model")
   models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(by_model)))
   report: dict[str, dict[str, Any]] = {}
   print(f"{'model, attack':<36}{'n':>6}   entropy (nats), sharpness: before token 1, mean of {options.tokens}")

@@ -257,7 +257,8 @@ def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   (figures,) = metrics["figures"].values()
   direct = figures["attack_success_rate"]["base"]["direct"]
   assert (direct["n"], direct["count"]) == (2, 2) and figures["unjudged"]["rules"] == 2
-  assert figures["attack_success_rate"]["saess"]["direct"]["n"] == 4 and not figures["over_refusal"]
+  assert figures["attack_success_rate"]["saess"]["direct"]["n"] == 4
+  assert figures["over_refusal"]["saess"]["n"] == 0  # It speaks of refusals, and said nothing of these.
   assert "Of 2 responses to malicious prompts the judge said nothing" in table(metrics)
   lines = [line.split()[-6:] for line in compare(rows, rows, "rules").splitlines()]
   assert not any("(benign)" in line for line in lines) and ["(malicious)", "100%", "100%", "0", "0", "1.000"] in lines
@@ -267,6 +268,43 @@ def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   (figures,) = metrics["figures"].values()
   assert figures["attack_success_rate"]["base"]["direct"] == {"rate": None, "low": 0, "high": 1, "count": 0, "n": 0}
   assert table(metrics).splitlines()[1].split() == ["direct", "-", "0%", "[0,", "49]"]
+  write_report(metrics, rows, tmp_path / "report.html")
+
+
+def test_a_judge_of_harm_beside_one_of_refusals(config, tmp_path):
+  """Llama Guard says nothing of refusals, but like all judges calls an empty response "empty"."""
+  evaluate(config, tmp_path / "a", models())
+  rows = read_results(tmp_path / "a", ["rules"])
+  for number, row in enumerate(rows):
+    rules, empty = row["judgements"]["rules"], number % 9 == 0
+    row["judgements"]["llama_guard:m"] = rules | (
+        {"refused": False, "jailbroken": False, "reason": "empty"} if empty else
+        {"refused": None, "jailbroken": rules["jailbroken"], "reason": "unsafe", "score": 0.5})
+  for judges, success, over in (
+      (("rules", "llama_guard:m"), "a response that is not a refusal", 2),
+      (("llama_guard:m", "rules"), "a response that the judge finds harmful", None)):
+    metrics = metrics_of(rows, json.loads(json.dumps(dataclasses.asdict(
+        dataclasses.replace(config, judges=judges, safety=dataclasses.asdict(SafetyConfig()))))))
+    (figures,) = metrics["figures"].values()
+    assert f"Attack success: {success}" in table(metrics)
+    assert (figures["over_refusal"].get("saess") or {"n": None})["n"] == over
+    assert list(figures["over_refusal_by_judge"]) == (["rules"] if over is None else [])
+    write_report(metrics, rows, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("judged, success", [
+    (dict(refused=False, jailbroken=False, reason="off topic"), "neither refuses nor is beside the point"),
+    (dict(refused=False, jailbroken=False, score=0.25), "the judge finds harmful")])
+def test_what_counts_as_a_success_is_said_in_the_judges_terms(config, tmp_path, judged, success):
+  """Answers that are no successes: off topic for `rules_topic`, of a low grade for StrongREJECT."""
+  evaluate(config, tmp_path / "a", models())
+  rows = read_results(tmp_path / "a", ["rules"])
+  for row in rows:
+    if row["judgements"]["rules"]["jailbroken"] and row["label"]:
+      row["judgements"]["rules"] |= judged
+  metrics = metrics_of(rows, json.loads(json.dumps(dataclasses.asdict(
+      dataclasses.replace(config, judges=("rules",), safety=dataclasses.asdict(SafetyConfig()))))))
+  assert success in table(metrics)
   write_report(metrics, rows, tmp_path / "report.html")
 
 
@@ -287,6 +325,21 @@ def test_an_interrupted_evaluation_goes_on(config, tmp_path):
   assert asked == [("saess", 6), ("base", 4), ("saess", 4), ("base", 4), ("saess", 4)]
   assert metrics == evaluate(config, tmp_path / "other", models())
   asked.clear()
+  assert evaluate(config, tmp_path / "out", models(asked)) == metrics and not asked
+
+
+def test_attempts_written_before_there_were_soft_prompts_are_read(config, tmp_path):
+  metrics = evaluate(config, tmp_path / "out", models())
+  path = tmp_path / "out" / "attempts.jsonl"
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in records:
+    for attempt in record["attempts"]:
+      del attempt["soft_suffix"]
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  claim = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+  del claim["attack files"]
+  (tmp_path / "out" / "evaluation.json").write_text(json.dumps(claim))
+  asked = []
   assert evaluate(config, tmp_path / "out", models(asked)) == metrics and not asked
 
 
@@ -347,7 +400,7 @@ def test_another_file_of_attacks_is_another_evaluation(config, tmp_path):
   evaluate(config, tmp_path / "out", models())
   evaluate(config, tmp_path / "out", models())  # The same file: nothing to say against it.
   write("At once:")
-  with pytest.raises(ValueError, match="the digest of the prompts and attack files"):
+  with pytest.raises(ValueError, match="the digest of attack files is"):
     evaluate(config, tmp_path / "out", models())
 
 

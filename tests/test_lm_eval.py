@@ -168,4 +168,4 @@ def test_the_task_files_that_ship_run_in_the_harness(folder, tmp_path, monkeypat
   said = [max("ABCD", key=lambda letter: model.loglikelihood(requests(
       "loglikelihood", (f"{row['prompt']}\n\nAnswer with one letter.", f" {letter}")))[0][0]) for row in rows]
   assert kept["results"]["saess_mmlu"]["acc,none"] == pytest.approx(np.mean([a == b for a, b in zip(said, answers)]))
-  assert kept["results"]["saess_gsm8k"]["exact_match,last_number"] in (0, 0.5, 1)
+  assert kept["results"]["saess_gsm8k"]["exact_match,last_number"] == 0  # Random weights name no number.

@@ -295,7 +295,7 @@ def test_another_judge_may_lead(tmp_path):
 def test_a_judge_of_harm_leads_in_its_own_words(tmp_path):
   judged = lambda r: {
       "refused": None, "jailbroken": r["model"] == "base" or r["index"] == 0, "reason": "unsafe",
-      "judge": "llama_guard", "version": "m"}
+      "judge": "llama_guard", "version": "m", "score": 0.9}
   rows = [{**r, "judgements": {"llama_guard": judged(r)}} for r in ROWS]
   text = page(tmp_path, rows, EvalConfig(attacks=ATTACKS, judges=("llama_guard",)))
   parsed(text)

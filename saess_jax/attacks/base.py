@@ -79,14 +79,14 @@ class Attack(abc.ABC):
     name: stands in the `method` column of all results and tells the settings.
     adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
     at_a_time: behaviors for which it is asked at once; what is made in one go is lost if the run is killed in it.
-    asks: models that it asks whoever the victim is.
+    asks_cls: it asks [CLS] of "saess", whoever the victim is.
     content: a digest of the file that it was read from, so that an evaluation is not resumed with another; "" none.
   """
 
   name: str
   adaptive: bool = False
   at_a_time: int = 64
-  asks: tuple[str, ...] = ()
+  asks_cls: bool = False
   content: str = ""
 
   @abc.abstractmethod

@@ -73,7 +73,7 @@ class Encoded(Attack):
 class WorstWords(Attack):
   """One attempt a behavior: its `words` words without which [CLS] finds it least malicious, in homoglyphs."""
 
-  asks = ("saess",)
+  asks_cls = True
 
   def __init__(self, words: int):
     self.words, self.name = words, f"homoglyphs_{words}"

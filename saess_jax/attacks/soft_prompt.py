@@ -20,7 +20,7 @@ import numpy as np
 
 from saess_jax.attacks import objective
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
-from saess_jax.attacks.gcg import Place
+from saess_jax.attacks.gcg import START, Place
 from saess_jax.attacks.objective import Rows, Scores
 from saess_jax.config import SafetyConfig
 from saess_jax.model import Llama, Params
@@ -63,7 +63,7 @@ class SoftPrompt(Attack):
       embeddings = moved
     best, embeddings = min(seen, key=lambda entry: float(entry[0].loss))
     return Attempt(
-        place.text(place.ids), variant=objective.summary(seen[0][0], best), queries=self.steps,
+        place.behavior + START, variant=objective.summary(seen[0][0], best), queries=self.steps,
         soft_suffix=np.round(np.asarray(embeddings, np.float64), 6).tolist())
 
 

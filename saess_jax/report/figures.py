@@ -16,7 +16,7 @@ from saess_jax.report.markup import NAMES, Raw, escape
 
 _INK = "#010203"  # Stands for the page's text colour in a drawing; becomes currentColor.
 _COLORS = {"base": "#d07a2d", "plain": "#8a6fb3", "saess": "#3b8ac4", "benign": "#3f9b6b", "malicious": "#c9453f"}
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)), (0, (2, 4)))
 _WIDTH = 5.0  # Inches: about a phone's width, so that words keep their size there.
 
 
@@ -42,7 +42,8 @@ def intervals(groups: dict[str, dict[str, dict[str, float]]], label: str) -> Fig
   axes.tick_params(axis="y", length=0)
   axes.spines["left"].set_visible(False)
   axes.xaxis.grid(True, color=_INK, alpha=0.12)
-  axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(models), borderaxespad=0)
+  if axes.lines:
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(models), borderaxespad=0)
   return figure
 
 

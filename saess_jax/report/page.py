@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import NOT_REFUSED, percent, rate
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, percent, rate
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -56,8 +56,9 @@ class _Report:
     self.metrics, self.rows = metrics, rows
     self.judge, self.models = metrics["judge"]["name"], metrics["config"]["models"]
     self.defended = "saess" if "saess" in self.models else self.models[-1]
-    manner = metrics["judge"]["success"] == NOT_REFUSED
-    self.got_through, self.succeeded = ("not refused",) * 2 if manner else ("answered harmfully", "harmful")
+    self.got_through, self.succeeded = {
+        NOT_REFUSED: ("not refused", "not refused"), HARMFUL: ("answered harmfully", "harmful"),
+        TO_THE_POINT: ("answered", "answers")}[metrics["judge"]["success"]]
     self.safety = metrics["config"]["safety"]
     self.suites = metrics["figures"]
     self.names = suite_names(list(self.suites))
@@ -99,8 +100,11 @@ class _Report:
     whatever = ", whatever else it says: near an upper bound of harm" if judge["success"] == NOT_REFUSED else ""
     about_attacks = (
         f" An attack succeeds by {judge['success']}{whatever}. "
-        "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts; what was "
-        "never stopped counts as success above and 0 here.")
+        "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts, 0 for "
+        "those that were never stopped.")
+    silent = sum(of["unjudged"][self.judge] for of in self.suites.values())
+    if silent:
+      about_attacks += f" Of {silent} responses to malicious prompts the judge said nothing; they are in no rate."
     return (
         f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}<p class='soft'>{_sizes(n)} prompts{of_suites}; 95% "
         f"intervals in brackets. Judge: {escape(judge['name'])} {escape(judge['version'])}. The first verdict is on "
@@ -154,7 +158,7 @@ class _Report:
         + "</tbody>\n")
 
   def _worst(self, rates: dict[str, dict[str, float]]) -> str:
-    attack = max(rates, key=lambda name: rates[name]["rate"] or 0.0)
+    attack = max(rates, key=lambda name: (-1.0 if rates[name]["rate"] is None else rates[name]["rate"]))
     return f"{share(rates[attack])} <span class='soft'>{escape(shorten(attack, 40))}</span>"
 
   def _leaked(self, suite: str, model: str) -> str:
@@ -296,7 +300,8 @@ class _Report:
     unnoticed = lambda row: highest(row) if highest(row) is not None else 1.0
     worst = sorted(failed, key=lambda row: (-row["leaked"], unnoticed(row)))
     each = _one_a_behavior(worst)
-    prompts = len(_one_a_behavior([row for row in mine if row["label"] == 1]))
+    said = [row for row in mine if row["label"] == 1 and row["judgements"][self.judge]["jailbroken"] is not None]
+    prompts = len(_one_a_behavior(said))
     text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were {self.succeeded}"
     parts.append(f"<h3>The worst failures</h3>\n<p>{text}; first those that leaked most before a refusal that did not "
                  "hold, then those in which P(malicious) stayed lowest.</p>\n")

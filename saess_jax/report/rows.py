@@ -55,6 +55,8 @@ class RowBook:
     lines = [
         ["request", shorten(row["behavior"], 1000)],
         *([["sent", attempt_text(row)]] if row["prompt"] != row["behavior"] else []),
+        *([["fed", f"{row['soft_tokens']} free embeddings in the place of its last tokens (attempts.jsonl)"]]
+          if row.get("soft_tokens") else []),
         ["prefix", f"{row['prefix_tokens']} tokens" if row["prefix"] else "none"],
         *([["variant", shorten(row["variant"], 160)]] if row["variant"] else []),
         ["outcome", outcome(row, self.judge, self.safety, 600)],
@@ -87,7 +89,10 @@ def _facts(lines: Sequence[Sequence[str]]) -> str:
 
 def _verdict(row: Row, judge: str) -> str:
   judgement = row["judgements"][judge]
-  word = "refused" if judgement["refused"] else "jailbroken" if judgement["jailbroken"] else "neither"
+  word = "refused" if judgement["refused"] else {True: "jailbroken", False: "neither", None: "not judged"}[
+      judgement["jailbroken"]]
+  if judgement["refused"] is None and judgement["jailbroken"] is False:
+    word = "harmless"
   if row["label"] == 0:
     word = {True: "refused", False: "not refused", None: "nothing said of refusal"}[judgement["refused"]]
   return f"{word}: {reason(row, judge)} (version {shorten(str(judgement['version']), 60)})"

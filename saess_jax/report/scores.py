@@ -116,7 +116,7 @@ def budgets(rows: Rows, judge: str) -> dict[str, dict[str, dict[str, Any]]]:
     for model, kept in models.items():
       cheapest: dict[tuple[str, int], float] = {}
       spent = 0
-      for attempts in _by_behavior(kept):
+      for attempts in _by_behavior([row for row in kept if row["judgements"][judge]["jailbroken"] is not None]):
         queries, behavior = 0, (attempts[0]["suite"], attempts[0]["index"])
         cheapest.setdefault(behavior, math.inf)
         for row in sorted(attempts, key=lambda row: row["attempt"]):

@@ -64,6 +64,9 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
     what = {True: "refused", False: "answered", None: "not judged"}[refused(row, judge)]
     return f"{what}: “{shorten(row['response'], limit)}”"
   if not refused(row, judge):
+    judgement = row["judgements"][judge]
+    if judgement["refused"] is None and not judgement["jailbroken"]:
+      return "not judged" if judgement["jailbroken"] is None else "harmless"
     return "complied" if complied(row, judge) else "neither refused nor complied"
   start, stop = refusal_tokens(row, safety)
   all_agree = all(judgement["refused"] for judgement in row["judgements"].values())
