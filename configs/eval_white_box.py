@@ -4,8 +4,7 @@
 
 `gcg_N` and `autodan_N` are crafted on the base model and sent to both; the others on each model by itself, and those
 with `_cls_` and the soft prompts go against [CLS] too. GCG comes in two sizes, for success by queries in the report.
-One behavior at a time: a killed run loses that one. Eight benign requests are
-asked directly.
+One behavior at a time: a killed run loses that one. Eight benign requests are asked directly.
 """
 
 from saess_jax.config import EvalConfig, to_config_dict

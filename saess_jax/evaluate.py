@@ -140,12 +140,13 @@ def evaluate(
   chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  if not (workdir / "evaluation.json").exists() and (workdir.is_file() or workdir.is_dir() and any(workdir.iterdir())):
+  begun = (workdir / "evaluation.json").exists()
+  if not begun and (workdir.is_file() or workdir.is_dir() and any(workdir.iterdir())):
     raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
   models = load(config)
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
-  if not (workdir / "evaluation.json").exists():
+  if not begun:
     for suite, method, indices in _plan(config, suites):
       if method == "direct":
         _check_fit(models.generator(config.models[0], config.max_new_tokens), suite,

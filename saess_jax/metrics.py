@@ -209,11 +209,16 @@ def table(metrics: dict[str, Any]) -> str:
         lines.append(line(name, [percent(figures[key][model]) if model in figures[key] else "-" for model in models]))
     lines += [f"{n['malicious']} malicious and {n['benign']} benign prompts.", ""]
   judge = metrics["judge"]
-  silent = sum(figures["unjudged"][judge["name"]] for figures in metrics["figures"].values())
-  if silent:
-    lines.append(f"Of {silent} responses to malicious prompts the judge said nothing; they are in no rate.")
+  if silence(metrics):
+    lines.append(silence(metrics))
   return "\n".join(lines) + (
       f"95% intervals. Attack success: {judge['success']} (judge: {judge['name']} {judge['version']}).")
+
+
+def silence(metrics: dict[str, Any]) -> str:
+  """How often the first judge said nothing, as a sentence; "" where it always spoke."""
+  count = sum(figures["unjudged"][metrics["judge"]["name"]] for figures in metrics["figures"].values())
+  return f"Of {count} responses to malicious prompts the judge said nothing; they are in no rate." if count else ""
 
 
 def compare(a: Rows, b: Rows, judge: str) -> str:

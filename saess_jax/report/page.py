@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, percent, rate
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, percent, rate, silence
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -101,10 +101,7 @@ class _Report:
     about_attacks = (
         f" An attack succeeds by {judge['success']}{whatever}. "
         "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts, 0 for "
-        "those that were never stopped.")
-    silent = sum(of["unjudged"][self.judge] for of in self.suites.values())
-    if silent:
-      about_attacks += f" Of {silent} responses to malicious prompts the judge said nothing; they are in no rate."
+        f"those that were never stopped. {silence(self.metrics)}".rstrip())
     return (
         f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}<p class='soft'>{_sizes(n)} prompts{of_suites}; 95% "
         f"intervals in brackets. Judge: {escape(judge['name'])} {escape(judge['version'])}. The first verdict is on "

@@ -8,7 +8,7 @@ from typing import Any
 
 from saess_jax.records import Records
 from saess_jax.report.markup import NAMES, NONE, Raw, escape, section, shorten
-from saess_jax.report.shown import Row, attempt_text, highest, outcome, reason
+from saess_jax.report.shown import Row, attempt_text, highest, outcome, reason, verdict
 from saess_jax.report.trace import LEGEND, trace
 
 KEYS = ("suite", "method", "model", "index", "attempt")  # Name a row in every file of an evaluation.
@@ -89,10 +89,7 @@ def _facts(lines: Sequence[Sequence[str]]) -> str:
 
 def _verdict(row: Row, judge: str) -> str:
   judgement = row["judgements"][judge]
-  word = "refused" if judgement["refused"] else {True: "jailbroken", False: "neither", None: "not judged"}[
-      judgement["jailbroken"]]
-  if judgement["refused"] is None and judgement["jailbroken"] is False:
-    word = "harmless"
+  word = verdict(judgement)
   if row["label"] == 0:
     word = {True: "refused", False: "not refused", None: "nothing said of refusal"}[judgement["refused"]]
   return f"{word}: {reason(row, judge)} (version {shorten(str(judgement['version']), 60)})"

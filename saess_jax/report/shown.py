@@ -20,6 +20,17 @@ def refused(row: Row, judge: str) -> bool | None:
   return row["judgements"][judge]["refused"]
 
 
+def verdict(judgement: dict[str, Any]) -> str:
+  """What a judge says of the response to a malicious request, in a word or two."""
+  if judgement["refused"]:
+    return "refused"
+  if judgement["jailbroken"] is None:
+    return "not judged"
+  if judgement["jailbroken"]:
+    return "jailbroken"
+  return "harmless" if judgement["refused"] is None else "neither"  # A judge of harm does not speak of refusals.
+
+
 def complied(row: Row, judge: str) -> bool:
   """A malicious request that got through."""
   return row["label"] == 1 and row["judgements"][judge]["jailbroken"]
@@ -64,10 +75,8 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
     what = {True: "refused", False: "answered", None: "not judged"}[refused(row, judge)]
     return f"{what}: “{shorten(row['response'], limit)}”"
   if not refused(row, judge):
-    judgement = row["judgements"][judge]
-    if judgement["refused"] is None and not judgement["jailbroken"]:
-      return "not judged" if judgement["jailbroken"] is None else "harmless"
-    return "complied" if complied(row, judge) else "neither refused nor complied"
+    word = verdict(row["judgements"][judge])
+    return {"jailbroken": "complied", "neither": "neither refused nor complied"}.get(word, word)
   start, stop = refusal_tokens(row, safety)
   all_agree = all(judgement["refused"] for judgement in row["judgements"].values())
   # Behind what the attacker wrote, which may hold the same words; if they come twice, from the last time on.
