@@ -47,12 +47,14 @@ class Models:
 
   Attributes:
     identity: says which weights these are, so that an evaluation is not resumed with others.
+    has_cls: the trained weights come with a [CLS] that can be asked; a rival's do not.
     generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
     weights: model -> what a white-box attacker reads.
     safety: what "saess" decodes by.
   """
 
   identity: str
+  has_cls: bool
   generator: Callable[[str, int], Any]
   weights: Callable[[str], attacks_lib.Weights]
   safety: SafetyConfig
@@ -66,7 +68,7 @@ def load_models(config: EvalConfig) -> Models:
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
-      "saess" of a rival's run, or an attack that asks its [CLS].
+      "saess" of a rival's run.
   """
   path = config.checkpoint
   if not path:
@@ -75,16 +77,10 @@ def load_models(config: EvalConfig) -> Models:
   identity, trained, step = path, None, None
   if checkpoint.is_run(path):
     trained = runs.read_config(path)
-    if trained.objective != "saess":
-      if "saess" in config.models:
-        raise ValueError(
-            f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
-            "\"('base','plain')\", its weights decoded plainly.")
-      asking = [name for name in config.attacks if attacks_lib.make_attack(name).asks_cls]
-      if asking:
-        raise ValueError(
-            f"{path} trained with objective {trained.objective!r} and has no [CLS] that {', '.join(asking)} could ask; "
-            "leave it out of --config.attacks, or craft it on an SA-ESS run and give its file (file:PATH).")
+    if trained.objective != "saess" and "saess" in config.models:
+      raise ValueError(
+          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
+          "\"('base','plain')\", its weights decoded plainly.")
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()
@@ -119,7 +115,7 @@ def load_models(config: EvalConfig) -> Models:
         asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
         batch_size=config.batch_size, seed=config.seed, **layout)
 
-  return Models(identity, generator, weights, safety)
+  return Models(identity, trained is None or trained.objective == "saess", generator, weights, safety)
 
 
 def evaluate(
@@ -133,10 +129,11 @@ def evaluate(
 
   Raises:
     ValueError: an unknown attack, judge, model or suite, no rows, a prompt that does not fit the model's context with
-      its response, or a `workdir` that holds something else.
+      its response, an attack that asks the [CLS] of a rival, or a `workdir` that holds something else.
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
+  attacks = {name: attacks_lib.make_attack(name) for name in ("direct", *config.attacks)}  # Benign ones are direct.
   chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
@@ -144,6 +141,11 @@ def evaluate(
   if not begun and (workdir.is_file() or workdir.is_dir() and any(workdir.iterdir())):
     raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
   models = load(config)
+  asking = [name for name, attack in attacks.items() if attack.asks_cls and not models.has_cls]
+  if asking:
+    raise ValueError(
+        f"{config.checkpoint} is a rival's run and has no [CLS] that {', '.join(asking)} could ask; leave it out of "
+        "--config.attacks, or craft it on an SA-ESS run and give its file (file:PATH).")
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
   if not begun:
@@ -151,11 +153,10 @@ def evaluate(
       if method == "direct":
         _check_fit(models.generator(config.models[0], config.max_new_tokens), suite,
                    [(suites[suite][i].prompt, "") for i in indices])
-  files = {name: attacks_lib.make_attack(name).content for name in config.attacks}
   _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity, "attack files": {
-      name: content for name, content in files.items() if content}})
+      name: attack.content for name, attack in attacks.items() if attack.content}})
 
-  attempts = _attempts(config, suites, models, Records(workdir / "attempts.jsonl"))
+  attempts = _attempts(config, attacks, suites, models, Records(workdir / "attempts.jsonl"))
   _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
   responses = Records(workdir / "responses.jsonl").read()
   for name, judge in chosen.items():
@@ -187,7 +188,7 @@ def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
     else:
       raise ValueError(
           f"suite is {suite!r}; expected embedded, file:PATH, malicious:PATH or benign:PATH, or several of them with "
-          "commas between them.")
+          "commas between them (a path cannot hold one).")
     suites[suite] = sources.draw_evenly(rows, config.max_rows, config.seed)
     if not rows:
       raise ValueError(f"Suite {suite} has no rows.")
@@ -234,14 +235,15 @@ def _plan(config: EvalConfig, suites: dict[str, list[sources.Row]]) -> list[tupl
 
 
 def _attempts(
-    config: EvalConfig, suites: dict[str, list[sources.Row]], models: Models, records: Records
+    config: EvalConfig, attacks: dict[str, attacks_lib.Attack], suites: dict[str, list[sources.Row]], models: Models,
+    records: Records
 ) -> dict[tuple[str, str, str, int], list[attacks_lib.Attempt]]:
   """(suite, method, model, index) -> attempts. An attack that is not adaptive is made once for all models."""
   identify = lambda record: tuple(record[key] for key in ("suite", "method", "victim", "index"))
   made = {identify(record): record["attempts"] for record in records.read()}
   jobs = []
   for suite, method, indices in _plan(config, suites):
-    attack = attacks_lib.make_attack(method)
+    attack = attacks[method]
     for victim in config.models if attack.adaptive else [""]:
       missing = [i for i in indices if (suite, method, victim, i) not in made]
       jobs += [(suite, method, attack, victim, missing[at : at + attack.at_a_time])
@@ -363,8 +365,6 @@ def _check(config: EvalConfig) -> None:
     names = getattr(config, field)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
       raise ValueError(f"{field} is {names!r}; expected a tuple of different names, at least one.")
-  for name in config.attacks:
-    attacks_lib.make_attack(name)
   for name in config.models:
     if name not in MODELS:
       raise ValueError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")

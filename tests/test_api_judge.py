@@ -102,8 +102,7 @@ def test_timeouts_are_tried_again(server):
 def test_a_server_that_keeps_failing_stops_the_run_and_keeps_what_was_judged(server):
   server.replies = [graded(0, 5, 5), *[(500, b"down")] * 3]
   judge, _ = judge_of(attempts=3)
-  with pytest.raises(ApiError, match="Row 1 of 3: .* failed 3 times, at last with HTTP 500: down. 1 rows were judged"
-                     ) as caught:
+  with pytest.raises(ApiError, match="failed 3 times, at last with HTTP 500: down. The request was '") as caught:
     judge.judge_many(ROWS)
   assert [v.score for v in caught.value.judged] == [1.0]
 
@@ -119,8 +118,7 @@ def test_a_refused_key_is_not_tried_again(server):
 def test_the_budget_stops_before_it_is_exceeded(server):
   server.replies = [graded(0, 5, 5, prompt_tokens=1000, completion_tokens=100)] * 3
   judge, _ = judge_of(input_price=1000, output_price=1000, max_tokens=100, budget=3.0)
-  with pytest.raises(ApiError, match=r"Row 2 of 3: 2.2000 of 3.0000 dollars are spent .* raise ApiConfig.budget"
-                     ) as caught:
+  with pytest.raises(ApiError, match=r"^2.2000 of 3.0000 dollars are spent .* raise OPENAI_BUDGET") as caught:
     judge.judge_many(ROWS)
   assert len(caught.value.judged) == 2 and len(server.requests) == 2 and judge.spent == pytest.approx(2.2)
 

@@ -76,7 +76,7 @@ def models(asked=None, identity="weights 1", fails_on=None, forbidden="forbidden
         name, lambda prompt, prefix: caught(prompt) and len(prefix) < 30,
         lambda prompt: 0.9 if caught(prompt) else 0.1, asked)
 
-  return lambda config: Models(identity, generator, None, SafetyConfig())
+  return lambda config: Models(identity, True, generator, None, SafetyConfig())
 
 
 @pytest.fixture
@@ -495,8 +495,9 @@ def test_an_attack_cannot_ask_cls_of_a_run_without_one(tmp_path):
   (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   config = EvalConfig(checkpoint=str(tmp_path), models=("base", "plain"), attacks=("direct", "homoglyphs_3"))
   with pytest.raises(ValueError, match="no .CLS. that homoglyphs_3 could ask; leave it out"):
-    evaluate_lib.load_models(config)
-  evaluate_lib.load_models(dataclasses.replace(config, attacks=("direct", "homoglyphs")))
+    evaluate(config, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+  assert not evaluate_lib.load_models(config).has_cls
 
 
 # ---- With a model
@@ -510,7 +511,7 @@ def test_with_real_tiny_models(config, tmp_path):
       batch_size=8))
   suites = config.suites.replace("file:", "malicious:")
   config = dataclasses.replace(config, attacks=("prefill_own_4",), suites=suites, max_new_tokens=4)
-  metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator, None, SafetyConfig()))
+  metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", True, generator, None, SafetyConfig()))
   rows, figures = read_results(tmp_path / "out"), metrics["figures"][suites]
   assert len(rows) == 2 * 4 and figures["n"]["malicious"] == 4 and figures["budget"]["prefill_own_4"]["tokens"] > 0
   for row in rows:
@@ -530,7 +531,7 @@ def test_white_box_attacks_from_end_to_end(config, tmp_path):
       model, params, tiny_tokenizer(), safety=safety(name), max_new_tokens=max_new_tokens, batch_size=8))
   config = dataclasses.replace(config, attacks=("gcg_1", "gcg_cls_1", "autodan_cls_1", "soft_prompt_2"),
                                max_new_tokens=4, max_rows=2)
-  evaluate(config, tmp_path / "out", lambda config: Models("tiny", generator, weights, SafetyConfig()))
+  evaluate(config, tmp_path / "out", lambda config: Models("tiny", True, generator, weights, SafetyConfig()))
   rows = [row for row in read_results(tmp_path / "out") if row["label"] == 1]
   assert len(rows) == 4 * 2 * 2
   sent = {(row["method"], row["model"], row["index"]): row for row in rows}

@@ -136,11 +136,11 @@ class OpenAIJudge(Judge):
         holds what there is by then, so that a caller can write it down and go on with the rest later.
     """
     verdicts: list[Judgement] = []
-    for place, row in enumerate(rows):
+    for row in rows:
       try:
         verdicts.append(self.empty() if is_empty(row) else self._judge(row))
       except ApiError as error:
-        raise ApiError(f"Row {place} of {len(rows)}: {error} {place} rows were judged.", verdicts) from error
+        raise ApiError(f"{error} The request was {request_of(row.prompt)[:60]!r}.", verdicts) from error
     return verdicts
 
   def _judge(self, row: Exchange) -> Judgement:
@@ -166,7 +166,7 @@ class OpenAIJudge(Judge):
     if self.spent + worst > config.budget:
       raise ApiError(
           f"{self.spent:.4f} of {config.budget:.4f} dollars are spent and the next request may cost {worst:.4f}; raise "
-          "ApiConfig.budget to go on.")
+          "OPENAI_BUDGET (or ApiConfig.budget) to go on.")
     body = self._post({
         "model": config.model, "temperature": 0, "max_tokens": config.max_tokens,
         "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]})
