@@ -7,7 +7,7 @@
 
 Time is what is scarce, so tokens go where the signal is: every query is read once, without its system text, up to
 [CLS]; the responses of some are read for the probes, the explanations and the model's own voice. Small batches learn
-the signal fastest per query (docs/results.md).
+the signal fastest per query (docs/earlier.md).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ WEIGHTS = TrainConfig(
     # Two thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
     loss=LossConfig(cls_weight=1.0, kl_weight=1.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
-    # Windows beside the query tell more than windows alone (docs/results.md).
+    # Windows beside the query tell more than windows alone (docs/earlier.md).
     safety=SafetyConfig(threshold=0.3, rule2_keeps_query=True),
     eval_every=0, save_every=1000, keep_last=1,
 )

@@ -184,7 +184,7 @@ class DataConfig:
   # the query alone, at a third of the tokens.
   responses: str = "all"
   # Whether those queries are read without what stands before their turn (system text): half the tokens, and measured
-  # the verdict does not depend on it (docs/results.md).
+  # the verdict does not depend on it (docs/earlier.md).
   bare_queries: bool = False
   # 0: a refusal is the whole response, as in the paper. n: it stands where the decoder will ask for it, behind up to n
   # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target.
