@@ -189,6 +189,9 @@ class DataConfig:
   # 0: a refusal is the whole response, as in the paper. n: it stands where the decoder will ask for it, behind up to n
   # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target.
   refusal_depth: int = 0
+  # n (with refusal_depth): half of these refusals, and of the base's answers to benign requests, stand behind up to n
+  # tokens of an attacker's opener with numbered filler (data/openers.py), which are no target either.
+  opener_depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,10 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
         "data.responses to 'all'.")
+  if config.data.opener_depth and not config.data.refusal_depth:
+    raise ValueError(
+        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is 0: refusals would stand behind an "
+        "attacker's words and never behind the model's own. Set both, or neither.")
   if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
     raise ValueError(
         f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "

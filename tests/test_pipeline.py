@@ -2,8 +2,10 @@
 and that the stream is a function of (seed, step).
 """
 
+import collections
 import dataclasses
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax.config import DataConfig, LossConfig, ProbeConfig, SafetyConfig, TrainConfig
-from saess_jax.data import pipeline, probes
+from saess_jax.data import openers, pipeline, probes
 from saess_jax.data.sources import Row
 from saess_jax.masks import TokenKind
 
@@ -75,6 +77,52 @@ def test_refusal_where_the_decoder_asks_for_it():
   assert seen == {0, 1, 2}
   (lower,) = build([dataclasses.replace(BAD, response="Killing is wrong.")], config=config)
   assert tiny_tokenizer().decode(response(lower)[lower.loss_from:]) == " killing is wrong.<|im_end|>"
+
+
+def test_half_of_all_responses_stand_behind_an_attackers_opener():
+  config = dataclasses.replace(
+      CONFIG, data=dataclasses.replace(CONFIG.data, refusal_depth=2, opener_depth=5, max_length=160))
+  rollout, opened, depths = [7, 8, 9], collections.Counter(), collections.defaultdict(set)
+  asked, interrupts = (
+      tiny_tokenizer()(gap + SafetyConfig().refusal_prefix).input_ids for gap in ("", SafetyConfig().refusal_break))
+  for seed in range(60):
+    refused, _, answered = build([BAD, GOOD], {row.prompt: rollout for row in (BAD, GOOD)},
+                                 dataclasses.replace(config, seed=seed))
+    assert tiny_tokenizer().decode(response(refused)[refused.loss_from:]) == " I cannot.<|im_end|>"
+    before = response(refused)[: refused.loss_from].tolist()
+    if before[0] not in (rollout[0], asked[0]):  # Neither its own beginning nor none.
+      before = before[: -len(interrupts)]
+      opened["refused"] += 1
+      depths["refused"].add(len(before))
+    assert response(answered)[answered.loss_from:].tolist() == rollout and answered.trajectory == "benign"
+    opened["answered"] += answered.loss_from > 0
+    depths["answered"].add(answered.loss_from)
+  assert 15 < opened["refused"] < 45 and 15 < opened["answered"] < 45
+  assert depths["refused"] == {1, 2, 3, 4, 5} and depths["answered"] == {0, 1, 2, 3, 4, 5}
+
+
+def test_openers_in_training_are_not_those_of_attacks():
+  known = {*openers.CONSENT, *openers.SENTENCES}
+  text = "".join(path.read_text() for path in (pathlib.Path(pipeline.__file__).parents[1] / "attacks").glob("*.py"))
+  assert not [sentence for sentence in known if sentence in text]
+  rng = np.random.default_rng(0)
+  drawn = [openers.draw(rng) for _ in range(100)]
+  assert len(set(drawn)) == 100 and any("Step 2: " in text for text in drawn) and any("\n3. " in text for text in drawn)
+
+
+@pytest.mark.parametrize("said, used", [
+    ("Bread wants flour and time.", True),
+    ("I'm sorry for the confusion, but as a chatbot I", False),
+    ("As a helpful AI, I can", False),
+    ("I don't have the ability to", False),
+    ("Be glad that you are unable to fail.", False),  # A good answer too many is left out rather than a bad one kept.
+])
+def test_a_benign_rollout_that_declines_is_no_target(said, used):
+  ids = tiny_tokenizer()(said).input_ids[: CONFIG.data.max_response]
+  (example,) = build([GOOD], {GOOD.prompt: ids})
+  assert (response(example).tolist() == ids) == used
+  refusal, harmful = build([BAD], {BAD.prompt: ids})  # To a malicious one it is what the base says.
+  assert response(harmful).tolist() == ids
 
 
 def test_a_malicious_row_without_a_refusal_gives_its_query_where_the_decoder_asks_for_one():

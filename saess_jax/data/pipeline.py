@@ -22,7 +22,8 @@ import numpy as np
 import transformers
 
 from saess_jax.config import TrainConfig
-from saess_jax.data import chat, probes, sources
+from saess_jax.data import chat, openers, probes, sources
+from saess_jax.data import rollouts as rollouts_lib
 from saess_jax.masks import TokenKind
 
 Batch = dict[str, np.ndarray]
@@ -50,8 +51,11 @@ def build_examples(
   """One example a row, and a second one for each malicious row that has a rollout.
 
   A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
-  is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response.
+  is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response; a
+  rollout that declines a benign request (`rollouts.declines`) counts as none.
   With `data.refusal_depth` a malicious row without a refusal gives its query alone in the refusal's place.
+  With `data.opener_depth` half of the refusals behind a beginning, and half of the benign rollouts, stand behind an
+  attacker's opener (`openers.draw`) instead.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn.
 
@@ -89,6 +93,8 @@ def build_examples(
   examples = []
   for row in rows:
     rollout = encode_response(rollouts.get(row.prompt, ""))
+    if not row.label and rollouts_lib.declines(tokenizer.decode(rollout)):
+      rollout = rollout[:0]
     if config.objective == "dpo":
       if len(rollout):
         refusal = encode_response((row.label and row.response) or config.safety.fixed_refusal)
@@ -102,17 +108,29 @@ def build_examples(
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
-      before, refusal = _refusal(tokenizer, row, rollout[:depth], config)
+      opener = _opener(tokenizer, config, rng) if config.data.refusal_depth else rollout[:0]
+      before, refusal = _refusal(tokenizer, row, opener if len(opener) else rollout[:depth], config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
+    elif len(rollout):
+      opener = _opener(tokenizer, config, rng)
+      examples.append(example(row, np.concatenate([opener, rollout]), "benign", len(opener)))
     else:
-      examples.append(example(row, rollout if len(rollout) else encode_response(row.response), "benign", 0))
+      examples.append(example(row, encode_response(row.response), "benign", 0))
     if row.label and len(rollout):
       examples.append(example(row, rollout, "harmful", len(rollout)))
   if config.objective == "saess":
     return examples
   teaches = lambda example: (example.kinds == TokenKind.RESPONSE).sum() > example.loss_from
   return [_without_cls(example) for example in examples if teaches(example)]
+
+
+def _opener(tokenizer, config: TrainConfig, rng: np.random.Generator) -> np.ndarray:
+  """1 to `data.opener_depth` tokens of an attacker's opener, or, every second time on average, none."""
+  if not config.data.opener_depth or rng.random() < 0.5:
+    return np.zeros(0, np.int32)
+  tokens = chat.encode_text(tokenizer, openers.draw(rng))
+  return np.asarray(tokens[: int(rng.integers(1, 1 + config.data.opener_depth))], np.int32)
 
 
 def unfinished(examples: Sequence[Example]) -> tuple[int, int]:

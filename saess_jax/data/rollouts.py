@@ -9,11 +9,24 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 from saess_jax import staging
 
 CHUNK = 128  # Prompts between two writes.
+_DECLINES = re.compile(
+    r"\b(?:sorry|apologi[sz]e|apologies)\b|\bas an? (?:\w+ )*(?:ai|chatbot|language model)\b"
+    r"|\b(?:don't|do not) have (?:the|any|personal)\b|\b(?:unable|not able|not equipped) to\b")
+
+
+def declines(text: str) -> bool:
+  """Does a sampled answer begin with an apology, or with what an assistant cannot do?
+
+  To a benign request that is no answer to learn from: a weak base model says such things at random now and then, and a
+  model that is trained on them says them wherever a request reminds it of what it shall refuse.
+  """
+  return _DECLINES.search(text.lower().replace("’", "'")) is not None
 
 
 def read(path: str | pathlib.Path) -> dict[str, list[int]]:
