@@ -17,10 +17,9 @@ import re
 
 from saess_jax.config import EvalConfig, to_config_dict
 
-EVERYTHING = 1 << 20  # More response tokens than any buffer holds.
 CHANGES = {
     "full": {},
-    "no_attention": dict(r1=EVERYTHING, r2=EVERYTHING, r3=EVERYTHING, rule2_keeps_query=True),
+    "no_attention": dict(sees_all=True),
     "no_decoding": dict(dependency="low"),
     "high": dict(dependency="high"),
     **{name: dict(schedule=name) for name in ("each", "first", "periodic", "annealing")},

@@ -9,7 +9,8 @@
 
 MALICIOUS is entered by the initial verdict alone. "medium" dependency intervenes on entering MALICIOUS or CONFIRMED,
 "high" does so at the first malicious verdict (as if tau were 1), "low" never. AUX, HEADER and PAD are never seen
-(Rule 4, `masks.view_visibility`).
+(Rule 4, `masks.view_visibility`). With `sees_all`, an ablation, [CLS] sees QUERY and all of the response so far in
+every phase; CONFIRMED alone freezes it.
 
 Every function is pure and vectorised over rows; r's, tau and threshold may be traced. Axes: B rows, T response tokens.
 """
@@ -85,20 +86,22 @@ def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config
   Returns:
     bool [B].
   """
-  growing = (t <= state.transition_at + config.r3) | (config.dependency != "low")
+  growing = (t <= state.transition_at + config.r3) | config.sees_all | (config.dependency != "low")
   return jnp.select(
       [state.phase == Phase.BENIGN, state.phase == Phase.ALARM, state.phase == Phase.MALICIOUS],
-      [scheduled, growing, scheduled & (t < config.r1)], False)
+      [scheduled, growing, scheduled & ((t < config.r1) | config.sees_all)], False)
 
 
 def view(state: PolicyState, t: jax.Array, config: SafetyConfig) -> jax.Array:
   """What [CLS] sees after response token t, int32 [B, 3] as (sees_query, start, stop) for `masks.view_visibility`."""
   t = jnp.broadcast_to(t, state.phase.shape)
   benign, malicious = state.phase == Phase.BENIGN, state.phase == Phase.MALICIOUS
-  sees_query = malicious | (benign & config.rule2_keeps_query)
+  sees_query = malicious | (benign & config.rule2_keeps_query) | config.sees_all
   first = jnp.select([malicious, benign], [0, t + 1 - config.r2], state.transition_at - config.r2)
   last = jnp.select([malicious, benign], [config.r1 - 1, t], state.transition_at + config.r3)
-  return jnp.stack([sees_query, jnp.maximum(first, 0), jnp.minimum(last, t) + 1], axis=-1).astype(jnp.int32)
+  first = jnp.where(config.sees_all, 0, jnp.maximum(first, 0))
+  stop = jnp.where(config.sees_all, t, jnp.minimum(last, t)) + 1
+  return jnp.stack([sees_query, first, stop], axis=-1).astype(jnp.int32)
 
 
 def update(

@@ -6,6 +6,9 @@ The paper's probe experiment, over the responses that an evaluation stored (`eva
 nested): the responses are read again, token by token, by the model that gave them. Where a model that was aligned by
 examples alone hesitates between refusing and complying, its first tokens are flat; with an explicit signal they need
 not be. K, and that sharpness is the likeliest token's share, are our choice: the paper names the two without formulas.
+
+A response is read as far as nobody intervened: a refusal prefix is no choice of the model's. `configs/eval_probe.py`
+has responses in which the decoder puts nothing in.
 """
 
 from __future__ import annotations
@@ -59,15 +62,18 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
     rows: of `evaluate.read_results`.
 
   Returns:
-    float32 [rows, tokens, 2]; NaN where a response is shorter.
+    float32 [rows, tokens, 2]; NaN where a response is shorter, and from an intervention on.
   """
   found = np.full((len(rows), tokens, 2), np.nan, np.float32)
   for row, values in zip(rows, found):
     ids, kinds = chat.encode_prompt(weights.tokenizer, row["prompt"], system_prompt=weights.system_prompt)
     response = chat.encode_response(weights.tokenizer, row["response"], len(row["tokens"]) + tokens)
     prefix, count = row["prefix_tokens"], min(tokens, len(response) - row["prefix_tokens"])
+    if row["intervened_at"] >= 0:
+      cut = max(0, len(row["tokens"]) - len(response))  # By rollback: these steps left nothing behind.
+      count = min(count, row["intervened_at"] - prefix - cut)
     if count < 1:
-      continue  # Rollback cut into the attacker's prefix, or the model said nothing.
+      continue  # It intervened at once, rollback cut into the attacker's prefix, or the model said nothing.
     ids = np.concatenate([ids, response[: prefix + count]])
     kinds = np.concatenate([kinds, np.full(prefix + count, TokenKind.RESPONSE)])
     if weights.safety is not None:
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for method, kept in metrics.group(of_model, "method").items():
       values = of_responses(models.weights(model), kept, options.tokens, options.k)
       if not np.isfinite(values).any():
-        print(f"{model + ', ' + method:<36}{0:>6}   every response is empty")
+        print(f"{model + ', ' + method:<36}{0:>6}   no response holds a token of the model's own")
         continue
       by_token = np.nanmean(values[:, np.isfinite(values[..., 0]).any(axis=0)], axis=0)
       first, mean = by_token[0], np.nanmean(values, axis=(0, 1))

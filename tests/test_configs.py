@@ -26,7 +26,7 @@ def test_config_file(path):
 
 @pytest.mark.parametrize("name, changed", [
     ("full", {}), ("no_decoding", {"dependency": "low"}), ("annealing", {"schedule": "annealing"}),
-    ("no_attention", {"r1": 1 << 20, "r2": 1 << 20, "r3": 1 << 20, "rule2_keeps_query": True}),
+    ("no_attention", {"sees_all": True}),
     ("r_5", {"r1": 5, "r2": 5, "r3": 5}), ("tau_1", {"tau": 1}), ("threshold_40", {"threshold": 0.4})])
 def test_ablations(name, changed):
   values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)

@@ -25,7 +25,7 @@ def reference(initial, probs, config, scheduled):
   for t, p in enumerate(probs):
     look = scheduled[t]
     if alarm is not None:
-      look = config.dependency != "low" or t <= alarm + config.r3
+      look = config.dependency != "low" or t <= alarm + config.r3 or config.sees_all
     if look and not np.isnan(p):
       if bad(p):
         alarm, running = (t, 1) if alarm is None else (alarm, running + 1)
@@ -42,6 +42,7 @@ jitted = jax.jit(policy.replay)
 settings = st.builds(
     SafetyConfig, r1=st.integers(0, 6), r2=st.integers(1, 6), r3=st.integers(0, 6), tau=st.integers(1, 5),
     threshold=st.sampled_from([0.25, 0.5, 0.75]), rollback=st.booleans(),
+    sees_all=st.booleans(),
     dependency=st.sampled_from(["low", "medium", "high"]),
     schedule=st.one_of(
         st.sampled_from(["each", "first", "annealing", "periodic", "periodic(3)"]),
@@ -97,6 +98,14 @@ def test_views_follow_the_rules():
   assert views(Phase.ALARM, 6, [7, 8, 9]) == [[0, 3, 8], [0, 3, 9], [0, 3, 9]]  # Rule 3: S_t - r2 .. S_t + r3
   config = dataclasses.replace(config, rule2_keeps_query=True)
   assert views(Phase.BENIGN, -1, [9]) == [[1, 7, 10]]
+  config = dataclasses.replace(config, sees_all=True)
+  for phase, transition in ((Phase.MALICIOUS, -1), (Phase.BENIGN, -1), (Phase.ALARM, 6)):
+    assert views(phase, transition, [7, 20]) == [[1, 0, 8], [1, 0, 21]]
+    state = policy.start(jnp.zeros(1), config).replace(
+        phase=jnp.asarray([int(phase)]), transition_at=jnp.asarray([transition]))
+    for dependency in ("low", "medium"):
+      now = dataclasses.replace(config, dependency=dependency)
+      assert policy.wants_verdict(state, jnp.asarray([20]), jnp.asarray([True]), now)[0]
 
 
 def test_new_numbers_compile_nothing_new():

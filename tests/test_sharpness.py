@@ -36,7 +36,8 @@ def test_a_row_is_read_for_itself(safety):
   generator = Generator(llama, params, tokenizer, safety, max_new_tokens=6, batch_size=4)
   prompts, prefixes = ["bread", "a long question of bytes", "x"], ["", "Sure", ""]
   rows = [
-      {"prompt": prompt, "response": r.text, "prefix_tokens": r.prefix_tokens, "tokens": r.tokens}
+      {"prompt": prompt, "response": r.text, "prefix_tokens": r.prefix_tokens, "tokens": r.tokens,
+       "intervened_at": r.intervened_at}
       for prompt, r in zip(prompts, generator.respond(prompts, prefixes))]
   weights = Weights(llama, params, tokenizer, safety)
   seen = sharpness.of_responses(weights, rows, 4, 512)
@@ -51,7 +52,8 @@ def test_a_plain_model_is_read_as_in_one_pass():
   llama = Llama(model_config("tiny", scan_layers=False))
   params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
   tokenizer = hf.byte_tokenizer()
-  row = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 6, "tokens": list("Sure, flour")}
+  row = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 6, "tokens": list("Sure, flour"),
+         "intervened_at": -1}
   (values,) = sharpness.of_responses(Weights(llama, params, tokenizer, None), [row], 5, 512)
   ids = tokenizer.apply_chat_template(
       [{"role": "user", "content": "bread"}], add_generation_prompt=True, return_dict=False)
@@ -60,9 +62,23 @@ def test_a_plain_model_is_read_as_in_one_pass():
   np.testing.assert_allclose(values[:, 1], jax.nn.softmax(logits).max(axis=-1), atol=1e-6)
 
 
+def test_what_the_decoder_put_in_is_not_read():
+  llama = Llama(model_config("tiny", scan_layers=False))
+  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
+  weights = Weights(llama, params, hf.byte_tokenizer(), None)
+  whole = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 4, "tokens": list("Sure, flour"),
+           "intervened_at": -1}
+  read = lambda **changes: int(np.isfinite(sharpness.of_responses(weights, [whole | changes], 9, 8)[0, :, 0]).sum())
+  assert read() == 7
+  assert read(intervened_at=6) == 2  # The fifth and sixth token are its own.
+  assert read(intervened_at=0) == read(intervened_at=4) == 0  # A caller's prefix is finished first.
+  # Rollback took two of eight steps back: one of its own stands, and behind it what was put in.
+  assert read(intervened_at=7, tokens=list("Sure, flour12")) == 1
+
+
 def test_the_command_over_an_evaluation(tmp_path, capsys):
   folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
-  keep = dict(model="base", label=1, prompt="bread", prefix_tokens=0)
+  keep = dict(model="base", label=1, prompt="bread", prefix_tokens=0, intervened_at=-1)
   rows = [
       keep | {"method": "direct", "response": "Take", "tokens": list("Take")},
       keep | {"method": "direct", "response": "No", "tokens": list("No")},
@@ -70,7 +86,7 @@ def test_the_command_over_an_evaluation(tmp_path, capsys):
       keep | {"method": "direct", "label": 0, "response": "Yes", "tokens": list("Yes")}]
   (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path), "--tokens", "9"])
-  assert "every response is empty" in capsys.readouterr().out
+  assert "no response holds a token of the model's own" in capsys.readouterr().out
   said = json.loads((tmp_path / "sharpness.json").read_text(), parse_constant=pytest.fail)  # No NaN in it.
   figures = said["by_model"]["base"]["direct"]
   assert said["by_model"].keys() == {"base"} and said["by_model"]["base"].keys() == {"direct"} and figures["n"] == 2

@@ -123,6 +123,8 @@ class Saess:
         with_query, first, last = rules["rule2_keeps_query"], t + 1 - rules["r2"], t
       else:
         with_query, first, last = False, turned - rules["r2"], turned + rules["r3"]
+      if rules["sees_all"]:
+        with_query, first, last = True, 0, t
       if t > last:  # Frozen: the token sees the [CLS] that was asked last.
         current.append(len(views) - 1)
         probs.append(None)
