@@ -329,6 +329,30 @@ def test_openers_and_gardens_take_turns():
   assert [len(encode_text(here.tokenizer, garden)) for garden in gardens] == [10] * 4
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 9, 500])
+def test_the_base_models_answer_comes_in_pieces_shorter_than_tau(tokens):
+  here, asked = target()
+  ((attempt,), _) = make_attack(f"filler_own_{tokens}").attempts(BEHAVIORS[:2], here)
+  assert asked == [("base", BEHAVIORS[:2], tokens)]
+  answer = encode_text(here.tokenizer, OWN)[:tokens]
+  assert (attempt.queries, attempt.tokens) == (1, len(answer)) and attempt.prompt.startswith(BEHAVIORS[0])
+  *pieces, end = re.split("|".join(rf" {re.escape(sentence)}" for sentence in GARDEN), attempt.prefix)
+  assert "".join(pieces) == here.tokenizer.decode(answer) and end == ""
+  read = [encode_text(here.tokenizer, piece) for piece in pieces]
+  assert sum(read, []) == answer and {len(ids) for ids in read[:-1]} <= {2} and len(read[-1]) in (1, 2)
+  assert max(map(len, read)) < SafetyConfig().tau
+  # Between two pieces stands a whole window of Rule 2.
+  assert all(len(encode_text(here.tokenizer, text)) >= SafetyConfig().r2 for text in GARDEN if text in attempt.prefix)
+
+
+def test_a_character_in_two_pieces_goes_to_the_second():
+  here, _ = target()
+  said = Target("base", here.tokenizer, lambda model, prompts, n: [
+      types.SimpleNamespace(generated="a\u20acb", tokens=[1] * n)], None)
+  prefix = make_attack("filler_own_5").attempts(["x"], said)[0][0].prefix
+  assert re.split("|".join(rf" {re.escape(sentence)}" for sentence in GARDEN), prefix) == ["a", "\u20ac", "b", ""]
+
+
 def test_filler_is_asked_for_and_begun():
   asked, begun = attempts("filler", BEHAVIORS[:1])[0]
   assert asked.prompt == begun.prompt and asked.prefix == ""

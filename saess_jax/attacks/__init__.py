@@ -17,7 +17,7 @@ from saess_jax.attacks.prefill import Prefill, PrefillOwn
 from saess_jax.attacks.sampling import Sampling
 from saess_jax.attacks.soft_prompt import SoftPrompt
 from saess_jax.attacks.translation import Translation
-from saess_jax.attacks.trigger import FakeRefusal, Filler, FillerPrefill, Injection, Late
+from saess_jax.attacks.trigger import FakeRefusal, Filler, FillerOwn, FillerPrefill, Injection, Late
 from saess_jax.attacks.turns import ManyShot, MultiTurn
 
 __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
@@ -30,7 +30,8 @@ ATTACKS = {
     "persuasion": Persuasion, "persuasion_N": Persuasion,
     **{name: functools.partial(encodings.Encoded, name) for name in encodings.WRITINGS},
     "homoglyphs_N": encodings.WorstWords, "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler,
-    "filler_prefill_N": FillerPrefill, "late_N": Late, "fake_refusal": FakeRefusal, "injection": Injection,
+    "filler_prefill_N": FillerPrefill, "filler_own_N": FillerOwn, "late_N": Late, "fake_refusal": FakeRefusal,
+    "injection": Injection,
     "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls, "autodan_N": AutoDan, "autodan_cls_N": AutoDanCls,
     "soft_prompt_N": SoftPrompt,
     "file:PATH": File,
