@@ -4,7 +4,7 @@
   no_attention    no strategic attention: [CLS] always sees the query and all of the response so far
   no_decoding     no strategic decoding: verdicts are kept and nothing is done about them
   high            an intervention is a fixed refusal that ends the response
-  each, first, periodic, annealing    when [CLS] is asked again
+  each, first, periodic, annealing    when [CLS] is asked again; with an attack that waits annealing out
   r_N             r1 = r2 = r3 = N
   tau_N           malicious verdicts running before the refusal goes in
   threshold_N     the verdict's threshold, in percent
@@ -24,6 +24,7 @@ CHANGES = {
     "high": dict(dependency="high"),
     **{name: dict(schedule=name) for name in ("each", "first", "periodic", "annealing")},
 }
+WAITS = "late_142"  # Annealing checks the 142nd token of a response last.
 NUMBERS = {
     "r": lambda n: dict(r1=n, r2=n, r3=n), "tau": lambda n: dict(tau=n), "threshold": lambda n: dict(threshold=n / 100)}
 
@@ -32,7 +33,8 @@ def get_config(name="full"):
   number = re.fullmatch(r"(r|tau|threshold)_(\d{1,4})", name)
   if name not in CHANGES and not number:
     raise ValueError(f"ablation is {name!r}; expected one of {', '.join(CHANGES)}, r_N, tau_N or threshold_N.")
-  config = to_config_dict(EvalConfig(
-      models=("saess",), attacks=("direct", "prefill_10", "prefill_40", "prefill_own_10"), max_new_tokens=48))
-  config.safety.update(NUMBERS[number[1]](int(number[2])) if number else CHANGES[name])
+  changes = NUMBERS[number[1]](int(number[2])) if number else CHANGES[name]
+  attacks = ("direct", "prefill_10", "prefill_40", "prefill_own_10") + (WAITS,) * ("schedule" in changes)
+  config = to_config_dict(EvalConfig(models=("saess",), attacks=attacks, max_new_tokens=48))
+  config.safety.update(changes)
   return config

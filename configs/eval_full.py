@@ -15,6 +15,6 @@ def get_config():
           "direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40", "prefill_100", "prefill_500", "prefill_2000",
           "prefill_own_10", "prefill_own_40", "sampling", "nested", "roleplay", "suppression", "splitting", "past",
           "translation", "persuasion", "base64", "rot13", "leetspeak", "homoglyphs", "zero_width", "many_shot_16",
-          "multi_turn_2", "homoglyphs_3", "filler", "filler_prefill_10", "filler_own_20", "late_64", "fake_refusal",
-          "injection"),
+          "multi_turn_2", "homoglyphs_3", "filler", "filler_prefill_10", "filler_own_20", "late_142",
+          "fake_refusal", "injection"),
       judges=("rules", "prefix", "rules_topic"), max_new_tokens=64, batch_size=16))

@@ -313,7 +313,7 @@ def test_turns_are_answered_by_the_base_model():
 # ---- The trigger logic
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 300, 2000])
+@pytest.mark.parametrize("tokens", [1, 16, 142, 300, 2000])
 def test_late_is_late(tokens):
   here, _ = target()
   harmless, _, opener = one(f"late_{tokens}").prefix.partition("\n\nNow to the request: ")

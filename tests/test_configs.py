@@ -6,9 +6,10 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from saess_jax import sharding, train
+from saess_jax import schedule, sharding, train
 from saess_jax.config import EvalConfig, TrainConfig, from_config_dict, to_config_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,6 +33,15 @@ def test_ablations(name, changed):
   values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
   safety = from_config_dict(EvalConfig, values).safety
   assert {key: value for key, value in safety.items() if value is not None} == changed
+
+
+@pytest.mark.parametrize("name", ["each", "first", "periodic", "annealing", "full"])
+def test_an_ablation_of_the_schedule_is_waited_out(name):
+  values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
+  late = [attack for attack in values.attacks if attack.startswith("late_")]
+  assert len(late) == (name != "full")
+  checked = np.flatnonzero(schedule.as_array("annealing", 4096))
+  assert all(int(attack.removeprefix("late_")) == checked[-1] + 1 for attack in late)
 
 
 @pytest.mark.parametrize("name, objective, depth", [("sft", "sft", 0), ("augmented", "sft", 24), ("dpo", "dpo", 0)])
