@@ -274,8 +274,8 @@ def _attempts(
 def _target(config: EvalConfig, models: Models, victim: str) -> attacks_lib.Target:
   query = lambda model, prompts, tokens: models.generator(model, max(tokens, config.max_new_tokens)).respond(
       list(prompts), max_new_tokens=tokens)
-  return attacks_lib.Target(
-      victim, models.generator("base", config.max_new_tokens).tokenizer, query, models.weights, config.seed)
+  base = models.generator("base", config.max_new_tokens)
+  return attacks_lib.Target(victim, base.tokenizer, query, models.weights, base.context, config.seed)
 
 
 def _respond(

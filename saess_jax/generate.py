@@ -108,7 +108,7 @@ class Generator:
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
-    self._limit, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
+    self.context, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
     self._decode, self._start, self._advance = _jitted(model)
 
   def respond(
@@ -214,10 +214,10 @@ class Generator:
     forced = [chat.encode_text(self.tokenizer, prefix) for prefix in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
       needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
-      if needed > self._limit:
+      if needed > self.context:
         raise ValueError(
             f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
-            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self._limit}. "
+            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self.context}. "
             f"Shorten or leave out {str(prompts[i])[:60]!r}, or lower max_new_tokens.")
     return rows, forced
 

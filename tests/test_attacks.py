@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax.attacks import ATTACKS, Attempt, Target, encodings, make_attack, past, persuasion, translation, turns
+from saess_jax.attacks import ATTACKS, Attempt, Target, encodings, make_attack, past, persuasion, translation
 from saess_jax.attacks.filler import GARDEN, METHOD, exact_cut, shuffled
 from saess_jax.attacks.prefill import FIRST_STEPS, OPENERS, SECOND_STEPS
 from saess_jax.config import SafetyConfig
@@ -26,7 +26,7 @@ OWN = "Step one: take the blue box. Step two: open it with the key."
 NAMES = [name.replace("_N", "_6") for name in ATTACKS if not re.search("PATH|gcg|autodan|soft", name)]  # No weights.
 
 
-def target(seed=0):
+def target(seed=0, context=8192):
   asked = []
   tokenizer = tiny_tokenizer()
 
@@ -38,7 +38,7 @@ def target(seed=0):
         text=text, generated=text, tokens=ids, initial_prob=sum(c in "aeiou" for c in str(prompt)) / len(str(prompt)))
             for prompt in prompts]
 
-  return Target("base", tokenizer, query, None, seed), asked
+  return Target("base", tokenizer, query, None, context, seed), asked
 
 
 def attempts(name, behaviors=BEHAVIORS, seed=0):
@@ -139,7 +139,8 @@ def test_a_short_answer_makes_a_short_prefix():
 def test_the_cut_never_leaves_half_a_character():
   here, _ = target()
   half = Target(
-      "base", here.tokenizer, lambda model, prompts, n: [types.SimpleNamespace(generated="ab€", tokens=[1] * n)], None)
+      "base", here.tokenizer, lambda model, prompts, n: [types.SimpleNamespace(generated="ab€", tokens=[1] * n)], None,
+      8192)
   assert make_attack("prefill_own_3").attempts(["x"], half)[0][0].prefix == "ab"
 
 
@@ -285,20 +286,20 @@ def test_shots_stand_before_the_request():
   assert chat[-1]["content"] == BEHAVIORS[0] and len({m["content"] for m in chat}) == 49  # All 24 pairs; six again.
 
 
-@pytest.mark.parametrize("context", [400, 1000])
-def test_as_many_shots_as_the_context_holds(context):
-  here, _ = target()
-  ((attempt,),) = turns.ManyShot(200, context=context, response=100).attempts(BEHAVIORS[:1], here)
-  ((longer,),) = turns.ManyShot((len(attempt.prompt) + 1) // 2, context=10**6).attempts(BEHAVIORS[:1], here)
+@pytest.mark.parametrize("context, room", [(400, 300), (3000, 2488)])
+def test_as_many_shots_as_the_context_holds(context, room):
+  here, _ = target(context=context)
+  ((attempt,),) = make_attack("many_shot_200").attempts(BEHAVIORS[:1], here)
+  ((longer,),) = attempts(f"many_shot_{len(attempt.prompt) // 2 + 1}", BEHAVIORS[:1])
   tokens = [len(encode_prompt(here.tokenizer, a.prompt)[0]) for a in (attempt, longer)]
-  assert tokens[0] <= context - 100 < tokens[1] and longer.variant == ""
+  assert tokens[0] <= room < tokens[1] and longer.variant == ""
   assert attempt.variant == f"{len(attempt.prompt) // 2} shots fit"
   assert attempt.prompt[:-1] == longer.prompt[:-3] and attempt.prompt[-1]["content"] == BEHAVIORS[0]
 
 
 def test_a_behavior_longer_than_the_context():
-  with pytest.raises(ValueError, match="many_shot_2: 'Do the forbidden thing number 0.' alone has more than the 9 tok"):
-    turns.ManyShot(2, context=10, response=1).attempts(BEHAVIORS[:1], target()[0])
+  with pytest.raises(ValueError, match="many_shot_2: 'Do the forbidden thing number 0.' alone has more than the 9 t"):
+    make_attack("many_shot_2").attempts(BEHAVIORS[:1], target(context=12)[0])
 
 
 def test_turns_are_answered_by_the_base_model():
@@ -348,7 +349,7 @@ def test_the_base_models_answer_comes_in_pieces_shorter_than_tau(tokens):
 def test_a_character_in_two_pieces_goes_to_the_second():
   here, _ = target()
   said = Target("base", here.tokenizer, lambda model, prompts, n: [
-      types.SimpleNamespace(generated="a\u20acb", tokens=[1] * n)], None)
+      types.SimpleNamespace(generated="a\u20acb", tokens=[1] * n)], None, 8192)
   prefix = make_attack("filler_own_5").attempts(["x"], said)[0][0].prefix
   assert re.split("|".join(rf" {re.escape(sentence)}" for sentence in GARDEN), prefix) == ["a", "\u20ac", "b", ""]
 

@@ -37,7 +37,8 @@ class StandIn:
   """Refuses as told; counts what it is asked."""
 
   def __init__(self, name, refuses, prob, asked):
-    self.tokenizer, self._name, self._refuses, self._prob, self._asked = tiny_tokenizer(), name, refuses, prob, asked
+    self.tokenizer, self.context = tiny_tokenizer(), 1024
+    self._name, self._refuses, self._prob, self._asked = name, refuses, prob, asked
 
   def respond(
       self, prompts, prefixes=None, max_new_tokens=None, progress="", sampling=None, places=None, soft_suffixes=None):
@@ -510,14 +511,16 @@ def test_with_real_tiny_models(config, tmp_path):
       model, params, tiny_tokenizer(), safety=None if name == "base" else SafetyConfig(), max_new_tokens=max_new_tokens,
       batch_size=8))
   suites = config.suites.replace("file:", "malicious:")
-  config = dataclasses.replace(config, attacks=("prefill_own_4",), suites=suites, max_new_tokens=4)
+  # Fifty shots are more than the tiny model's context: as many are sent as fit.
+  config = dataclasses.replace(config, attacks=("prefill_own_4", "many_shot_50"), suites=suites, max_new_tokens=4)
   metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", True, generator, None, SafetyConfig()))
   rows, figures = read_results(tmp_path / "out"), metrics["figures"][suites]
-  assert len(rows) == 2 * 4 and figures["n"]["malicious"] == 4 and figures["budget"]["prefill_own_4"]["tokens"] > 0
+  assert len(rows) == 2 * 4 * 2 and figures["n"]["malicious"] == 4 and figures["budget"]["prefill_own_4"]["tokens"] > 0
   for row in rows:
     assert row["response"].startswith(row["prefix"]) and (row["initial_prob"] is None) == (row["model"] == "base")
     assert len(row["tokens"]) == len(row["cls_prob"]) == len(row["phase"])
   assert any(row["prefix_tokens"] for row in rows)
+  assert all(row["variant"].endswith("shots fit") for row in rows if row["method"] == "many_shot_50")
 
 
 @pytest.mark.slow

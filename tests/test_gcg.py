@@ -218,7 +218,7 @@ def test_which_weights_are_read(params):
     def weights(which):
       asked.append(which)
       return here.weights(which)
-    make_attack(name).attempts(BEHAVIORS[:1], type(here)("saess", here.tokenizer, None, weights))
+    make_attack(name).attempts(BEHAVIORS[:1], type(here)("saess", here.tokenizer, None, weights, here.context))
     return asked, make_attack(name).adaptive
   assert read_by("gcg_1") == (["base"], False)
   assert read_by("gcg_victim_1") == read_by("gcg_cls_1") == (["saess"], True)

@@ -40,4 +40,4 @@ def target(params, victim="saess", seed=0, safety=SAFETY, max_seq_len=1024):
   tiny = model.Llama(config.model_config("tiny", scan_layers=False, max_seq_len=max_seq_len))
   tokenizer = tiny_tokenizer()
   weights = {"base": Weights(tiny, params, tokenizer, None), "saess": Weights(tiny, params, tokenizer, safety)}
-  return Target(victim, tokenizer, None, weights.__getitem__, seed)
+  return Target(victim, tokenizer, None, weights.__getitem__, max_seq_len, seed)

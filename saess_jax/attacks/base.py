@@ -62,6 +62,7 @@ class Target:
     query: (model, prompts, max_new_tokens) -> a `generate.Response` for each, decoded greedily, with its defence if it
       has one.
     weights: model -> all of it, for white-box attacks.
+    context: tokens that a prompt and its response may have together, in each of the models.
     seed: for whatever an attack draws.
   """
 
@@ -69,6 +70,7 @@ class Target:
   tokenizer: Any
   query: Callable[[str, Sequence[Messages], int], list[Any]]
   weights: Callable[[str], Weights]
+  context: int
   seed: int = 0
 
 
