@@ -170,10 +170,10 @@ def test_candidates_along_the_gradient_are_better_than_others(params):
 
 def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   here = target(params)
-  attempt, = Gcg(6, candidates=16, top_k=TOP_K).attempts(BEHAVIORS[:1], here)[0]
-  before, after = (float(word) for word in attempt.variant.removeprefix("loss ").split(" -> "))
+  *_, attempt = Gcg(6, candidates=16, top_k=TOP_K).attempts(BEHAVIORS[:1], here)[0]
+  before, after = (float(word) for word in attempt.variant.removeprefix("6 steps, loss ").split(" -> "))
   assert after < before - 0.5
-  assert attempt.queries == 6 * (1 + 16) and attempt.tokens == 0 and attempt.prefix == ""
+  assert attempt.queries == 3 * (1 + 16) and attempt.tokens == 0 and attempt.prefix == ""
   assert attempt.prompt.startswith(BEHAVIORS[0]) and attempt.prompt.isascii()
   # Scored as text, by the way of every prompt, it has the loss that was reported.
   weights = here.weights("base")
@@ -181,6 +181,19 @@ def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   assert rows.tokens.shape == place_of(params).rows([place_of(params).ids]).tokens.shape
   lm = objective.score_all(weights, rows, 0.0, objective.target_slots(rows)).lm
   assert f"{float(lm[0]):.2f}" == attempt.variant.rsplit(" ", 1)[1]
+
+
+def test_one_run_makes_an_attempt_at_each_checkpoint(params):
+  """Shorter runs draw the same: the attempts of a long one are what they would have given back, with their queries."""
+  run = lambda steps: Gcg(steps, candidates=8, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]
+  made = run(8)
+  assert [attempt.variant.split(",")[0] for attempt in made] == ["2 steps", "4 steps", "8 steps"]
+  assert [attempt.prompt for attempt in made] == [run(steps)[-1].prompt for steps in (2, 4, 8)]
+  spent = np.cumsum([attempt.queries for attempt in made]).tolist()
+  assert spent == [sum(attempt.queries for attempt in run(steps)) for steps in (2, 4, 8)] == [18, 36, 72]
+  losses = [float(attempt.variant.split(" -> ")[1]) for attempt in made]
+  assert losses == sorted(losses, reverse=True)
+  assert [sorted(Gcg(steps).checkpoints) for steps in (1, 2, 3, 6, 20)] == [[1], [1, 2], [1, 3], [1, 3, 6], [5, 10, 20]]
 
 
 def test_the_same_for_the_same_behavior_and_seed_whatever_the_others_are(params):
@@ -192,7 +205,7 @@ def test_the_same_for_the_same_behavior_and_seed_whatever_the_others_are(params)
 
 def test_adaptive_gcg_talks_the_verdict_down_where_plain_gcg_does_not(params):
   def verdict(attack):
-    attempt, = attack(8, candidates=32, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]
+    *_, attempt = attack(8, candidates=32, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]
     row = chat.insert_cls(*chat.encode_prompt(tiny_tokenizer(), attempt.prompt), "sft")
     weights = target(params).weights("saess")
     prompt = decode.pad_prompts([row])

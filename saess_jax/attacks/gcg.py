@@ -8,6 +8,9 @@ even where the best candidate is worse, and gives back the best suffix it has se
 A suffix is sent as text. A candidate whose text would be read back as other tokens is dropped before it is scored, by
 encoding the whole prompt with `chat.encode_prompt` as the decoder does. Special and non-printable tokens are not used.
 
+A run of N steps makes an attempt of its best suffix so far after N/4, N/2 and N of them, rounded down: success by
+queries from one run. The attack succeeds if any of the three does, which is a little more than its last suffix alone.
+
   gcg_N         N steps on the base model; every model is sent what came out (transfer)
   gcg_victim_N  on the language model of the victim
   gcg_cls_N     on the victim, adaptively: the loss also wants [CLS] to find query and response benign (`objective.py`)
@@ -49,23 +52,24 @@ class Gcg(Attack):
   def __init__(self, steps: int, candidates: int = 64, top_k: int = 256):
     """candidates: B, scored a step. top_k: tokens a position that they are drawn from."""
     self.steps, self.candidates, self.top_k = steps, candidates, top_k
+    self.checkpoints = {steps // 4, steps // 2, steps} - {0}  # Steps after which an attempt is made.
     self.name = f"{self.family}_{steps}"
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
-    """One attempt a behavior; queries are a gradient and its candidates, each step.
+    """An attempt a checkpoint; its queries, a gradient and its candidates each step, are those since the one before.
 
     Raises:
       ValueError: a behavior behind which the first suffix is not read as tokens of its own, or one too long.
     """
     weights = target.weights(target.victim if self.adaptive else "base")
     allowed = allowed_tokens(weights.tokenizer, weights.model.config.vocab_size)
-    return [[self._attempt(behavior, weights, allowed, target.seed)] for behavior in behaviors]
+    return [self._attempts(behavior, weights, allowed, target.seed) for behavior in behaviors]
 
-  def _attempt(self, behavior: str, weights: Weights, allowed: np.ndarray, seed: int) -> Attempt:
+  def _attempts(self, behavior: str, weights: Weights, allowed: np.ndarray, seed: int) -> list[Attempt]:
     rng = np.random.default_rng(draw(behavior, seed))
     place = Place(weights, behavior)
-    ids, queries, seen = place.ids, 0, []
-    for _ in range(self.steps):
+    ids, queries, seen, made = place.ids, 0, [], []
+    for step in range(1, self.steps + 1):
       scores, best_tokens = compiled_top_tokens(
           weights.model, weights.params, place.rows([ids]), place.start, jnp.asarray(allowed), weights.safety,
           float(self.cls_weight), size=len(ids), slots=place.slots, top_k=min(self.top_k, int(allowed.sum())))
@@ -76,9 +80,13 @@ class Gcg(Attack):
         scores = objective.score_all(weights, place.rows(suffixes), self.cls_weight, place.slots)
         ids = suffixes[int(np.argmin(scores.loss))]
         seen.append((ids, objective.best_of(scores)))
-    ids, scores = min(seen, key=lambda entry: float(entry[1].loss))
-    assert place.survives(ids), "the suffix is not read back as the tokens that were optimised"
-    return Attempt(place.text(ids), variant=objective.summary(seen[0][1], scores), queries=queries)
+      if step in self.checkpoints:
+        best, scores = min(seen, key=lambda entry: float(entry[1].loss))
+        assert place.survives(best), "the suffix is not read back as the tokens that were optimised"
+        course = objective.summary(seen[0][1], scores)
+        made.append(Attempt(place.text(best), variant=f"{step} steps, {course}", queries=queries))
+        queries = 0
+    return made
 
 
 class GcgVictim(Gcg):
