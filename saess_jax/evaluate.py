@@ -172,7 +172,8 @@ def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
 
   A suite is "embedded" (its test split), or a CSV or JSONL file with a prompt, goal, behavior, instruction or
   forbidden_prompt column: "file:PATH" (labels from its label column, all malicious without one), "malicious:PATH" or
-  "benign:PATH" (rows of that label, all of them in a file without labels).
+  "benign:PATH" (rows of that label, all of them in a file without labels). A file of attacks, with a prompt column
+  beside goal or behavior or a JailbreakBench artifact, is a suite of what these ask for.
 
   Raises:
     ValueError: an unknown suite, one without rows, or what `sources` raises.
@@ -183,7 +184,7 @@ def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
     if suite == "embedded":
       rows = sources.embedded_rows("test")
     elif kind in ("file", *sources.LABELS) and path:
-      rows = sources.read_rows(path, "malicious" if kind == "file" else kind)
+      rows = sources.read_requests(path, "malicious" if kind == "file" else kind)
       rows = [row for row in rows if kind in ("file", sources.LABELS[row.label])]
     else:
       raise ValueError(

@@ -48,6 +48,58 @@ def test_alpaca_input_belongs_to_the_prompt(tmp_path):
   assert sources.read_rows(path, default_label=0)[0].prompt == "Sum up:\n\nA B."
 
 
+# ---- Files of attacks
+
+
+ATTACKS = (
+    "Goal,prompt,response,label\nOpen it,Please open it,Sure,\n open IT ,Open it now,No,\nBake,I say: bake,,benign\n")
+
+
+def test_what_attacks_ask_for_is_a_suite(tmp_path):
+  path = write(tmp_path / "a.csv", ATTACKS)
+  assert sources.read_requests(path, "malicious") == [
+      sources.Row("Open it", "", 1, "", "a.csv"), sources.Row("Bake", "", 0, "", "a.csv")]
+  assert [row.prompt for row in sources.read_rows(path, "malicious")] == [
+      "Please open it", "Open it now", "I say: bake"]  # Training reads prompts.
+
+
+def test_an_artifact_is_a_suite_of_its_goals(tmp_path):
+  path = write(tmp_path / "pair.json", json.dumps({"parameters": {}, "jailbreaks": [
+      {"index": 0, "goal": "Open it", "behavior": "Things", "category": "acts", "prompt": "Please", "response": "No"},
+      {"index": 1, "goal": "Shut it", "behavior": "Things", "category": "acts", "prompt": None, "response": None}]}))
+  assert sources.read_requests(path, "malicious") == [
+      sources.Row("Open it", "", 1, "acts", "pair.json"), sources.Row("Shut it", "", 1, "acts", "pair.json")]
+  with pytest.raises(ValueError, match="ends in '.json'; expected .csv, .jsonl, .txt"):
+    sources.read_rows(path, "malicious")
+
+
+@pytest.mark.parametrize("columns, prompts", [
+    ("id,prompt,type,label,focus,note", ["b", "B"]),  # XSTest's
+    ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID", ["a", "A"]),  # HarmBench's
+    ("goal,target,a,label,b,c", ["a", "A"]), ("goal,prompt,a,label,b,c", ["a"]),
+    ("prompt,BEHAVIOR,a,label,b,c", ["b"])])
+def test_columns_of_a_suite(tmp_path, columns, prompts):
+  path = write(tmp_path / "a.csv", f"{columns}\na,b,c,safe,e,f\nA,B,c,safe,e,f\n")
+  rows = sources.read_requests(path, "malicious")
+  assert [row.prompt for row in rows] == prompts and {row.label for row in rows} == {int("label" not in columns)}
+
+
+def test_rows_that_name_no_request_are_asked_as_they_stand(tmp_path):
+  path = write(tmp_path / "a.jsonl", '{"prompt": "p", "goal": ""}\n{"prompt": "p"}\n{"prompt": "q", "behavior": "b"}\n')
+  assert [row.prompt for row in sources.read_requests(path, 1)] == ["p", "p", "b"]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.json", "{", "a.json is malformed JSON"), ("a.json", "[]", "a.json is no JailbreakBench artifact"),
+    ("a.json", '{"jailbreaks": []}', "a.json is empty"),
+    ("a.json", '{"jailbreaks": [{"goal": "a"}, {}]}', "a.json:2: no p"),
+    ("a.csv", "goal,prompt\n ,p\n", "a.csv:2: prompt is ' '; expected text"),
+    ("a.jsonl", '{"goal": ["a"], "prompt": "p"}', r"a.jsonl:1: prompt is \['a'\]; expected text")])
+def test_bad_files_of_attacks(tmp_path, name, text, message):
+  with pytest.raises(ValueError, match=message):
+    sources.read_requests(write(tmp_path / name, text), "malicious")
+
+
 @pytest.mark.parametrize("word, label", [
     ("benign", 0), ("Safe", 0), ("harmless", 0), ("0", 0), ("malicious", 1), ("UNSAFE", 1), ("harmful", 1), ("1", 1)])
 def test_label_words(tmp_path, word, label):

@@ -405,6 +405,21 @@ def test_another_file_of_attacks_is_another_evaluation(config, tmp_path):
     evaluate(config, tmp_path / "out", models())
 
 
+@pytest.mark.parametrize("name, text", [
+    ("made.csv", "goal,prompt\nDo it,Please do it\nDo it,Do it now\nSay it,Sing it\n"),
+    ("pair.json", json.dumps({"jailbreaks": [
+        {"goal": goal, "behavior": "Deeds", "prompt": prompt}
+        for goal, prompt in (("Do it", "Please do it"), ("Do it", "Do it now"), ("Say it", "Sing it"))]}))])
+def test_one_file_is_both_suite_and_attack(tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  config = EvalConfig(
+      suites=f"malicious:{tmp_path / name}", attacks=("direct", f"file:{tmp_path / name}"), models=("base",))
+  evaluate(config, tmp_path / "out", models())
+  assert [(row["behavior"], row["prompt"]) for row in read_results(tmp_path / "out")] == [
+      ("Do it", "Do it"), ("Say it", "Say it"),
+      ("Say it", "Sing it"), ("Do it", "Do it now"), ("Do it", "Please do it")]
+
+
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_written(config, tmp_path):
   with open(config.suites[5:], "a") as file:
     file.write("word " * 500 + ",benign,acts\n")

@@ -6,13 +6,12 @@
                columns in any case
 
 Several rows of a behavior are several attempts. A prompt that is null, or empty in a CSV, is a behavior for which that
-attack found nothing; it is asked as it stands.
+attack found nothing; it is asked as it stands. The same file is a suite too, of what its prompts ask for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from typing import Any
 from saess_jax.attacks.base import Attack, Attempt, Target
 from saess_jax.data import sources
 
-BEHAVIOR = ("goal", "behavior")
 PREFIX = ("prefix", "target_prefix")
 QUERIES = ("queries", "number_of_queries", "queries_to_jailbreak")
 
@@ -38,17 +36,14 @@ class File(Attack):
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """Raises ValueError for behaviors that are not in the file."""
     del target
-    missing = [behavior for behavior in behaviors if _key(behavior) not in self._found]
+    missing = [behavior for behavior in behaviors if sources.request_key(behavior) not in self._found]
     if missing:
       raise ValueError(
           f"{self.name} has nothing for {len(missing)} of {len(behaviors)} behaviors, such as "
           f"{', '.join(repr(behavior[:80]) for behavior in missing[:3])}; it has {len(self._found)} behaviors. "
-          "Evaluate those that it was made for (--config.suites=malicious:PATH).")
-    return [self._found[_key(behavior)] or [Attempt(behavior, variant="none found")] for behavior in behaviors]
-
-
-def _key(behavior: str) -> str:
-  return behavior.strip().casefold()
+          f"Evaluate those that it was made for (--config.suites=malicious:{self.name.removeprefix('file:')}).")
+    return [self._found[sources.request_key(behavior)] or [Attempt(behavior, variant="none found")]
+            for behavior in behaviors]
 
 
 def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
@@ -56,7 +51,7 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
   found: dict[str, list[Attempt]] = {}
   for place, record in _records(path):
     record = {str(name).strip().lower(): value for name, value in record.items()}
-    behavior, prompt = _first(record, BEHAVIOR), record.get("prompt")
+    behavior, prompt = sources.request_of(record), record.get("prompt")
     if not isinstance(behavior, str) or "prompt" not in record:
       raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")
     prefix, queries = _first(record, PREFIX) or "", _first(record, QUERIES) or 0
@@ -65,7 +60,7 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
         raise ValueError(f"{place} has a {name} of type {type(text).__name__}; expected text.")
     if not re.fullmatch(r"\d+(\.0)?", str(queries)):  # A table with gaps in it holds its whole numbers as 7.0.
       raise ValueError(f"{place} has queries {queries!r}; expected a number of 0 or more.")
-    attempts = found.setdefault(_key(behavior), [])
+    attempts = found.setdefault(sources.request_key(behavior), [])
     if prompt and prompt.strip():
       variant = f"attempt {len(attempts) + 1}" if attempts else ""
       attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(float(queries))))
@@ -82,19 +77,12 @@ def _records(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     text = path.read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-  readers = {".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
-  if path.suffix.lower() in readers:
-    return [(f"{path.name}:{line}", record) for line, record in readers[path.suffix.lower()](text, path.name)]
-  if path.suffix.lower() != ".json":
+  readers = {".json": sources.read_artifact, ".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
+  kind = path.suffix.lower()
+  if kind not in readers:
     raise ValueError(f"{path} ends in {path.suffix!r}; expected .json (JailbreakBench), .csv or .jsonl.")
-  try:
-    whole = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is malformed JSON: {error}.") from error
-  rows = whole.get("jailbreaks") if isinstance(whole, dict) else None
-  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-    raise ValueError(f'{path} is no JailbreakBench artifact; expected {{"jailbreaks": [{{"goal", "prompt"}}, ...]}}.')
-  return [(f"{path.name}, jailbreak {number}", row) for number, row in enumerate(rows, 1)]
+  before = ", jailbreak " if kind == ".json" else ":"
+  return [(f"{path.name}{before}{number}", record) for number, record in readers[kind](text, path.name)]
 
 
 def _first(record: dict[str, Any], names: Sequence[str]) -> Any:

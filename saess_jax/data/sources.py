@@ -5,6 +5,9 @@ in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, bot
 "pretrain" it is a document, by custom in a column `text`. A filled `input` column beside an `instruction` prompt
 (Alpaca) is appended to it after a blank line. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a line
 and no labels.
+
+A row that names a goal or behavior beside its prompt is an attack's: the prompt asks for what is named. Training reads
+its prompt, as of any row (`read_rows`); an evaluation what it asks for (`read_requests`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import importlib.resources
 import io
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ import numpy as np
 SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "forbidden_prompt", "text")
+REQUEST_COLUMNS = ("goal", "behavior")  # What an attack's prompt asks for: the first that is filled.
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
 LABEL_WORDS = {
     "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
@@ -58,7 +62,38 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   if not names:
     raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
   default = None if default_label is None else _label(default_label, "default_label")
-  return [row for name in names for row in _read_file(pathlib.Path(name).expanduser(), default)]
+  files = [pathlib.Path(name).expanduser() for name in names]
+  return [_row(record, file.name, line, default) for file in files for line, record in _records(file, _READERS)]
+
+
+def read_requests(path: str, default_label: str | int) -> list[Row]:
+  """Rows of one file, as `read_rows` gives them, but of attacks what they ask for, each request once and by its first
+  row: white space at the ends and case aside, as attacks are matched to it. Also of a JailbreakBench artifact (.json).
+
+  Raises:
+    FileNotFoundError, ValueError: as `read_rows` and `read_artifact`.
+  """
+  file, default = pathlib.Path(path.strip()).expanduser(), _label(default_label, "default_label")
+  rows: dict[int | str, Row] = {}
+  for number, record in _records(file, _READERS | {".json": read_artifact}):
+    fields = _fields(record)
+    request = request_of(fields) if "prompt" in fields else None
+    if request is None:
+      rows[number] = _row(record, file.name, number, default)
+    else:  # A response beside it is one to the attack.
+      kept = {column: fields.get(column) for column in ("label", "category")}
+      rows.setdefault(request_key(str(request)), _row({"prompt": request} | kept, file.name, number, default))
+  return list(rows.values())
+
+
+def request_of(fields: dict[str, Any]) -> Any:
+  """What an attack's row says that it asks for, by its columns in lower case; None where it does not."""
+  return next((fields[column] for column in REQUEST_COLUMNS if fields.get(column)), None)
+
+
+def request_key(request: str) -> str:
+  """Equal for requests that count as the same."""
+  return request.strip().casefold()
 
 
 def embedded_rows(split: str, path: str | None = None) -> list[Row]:
@@ -138,8 +173,8 @@ def _split_of(prompt: str, seed: int) -> str:
   return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
-def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
-  readers = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
+def _records(path: pathlib.Path, readers: dict[str, Callable]) -> list[tuple[int, dict[str, Any]]]:
+  """The rows of a file by column, each with its number, as the reader of its ending gives them."""
   if path.suffix.lower() not in readers:
     raise ValueError(f"{path} ends in {path.suffix!r}; expected {', '.join(readers)}.")
   if not path.is_file():
@@ -151,7 +186,7 @@ def _read_file(path: pathlib.Path, default_label: int | None) -> list[Row]:
   records = readers[path.suffix.lower()](text, path.name)
   if not records:
     raise ValueError(f"{path} is empty: it has no rows.")
-  return [_row(record, path.name, line, default_label) for line, record in records]
+  return records
 
 
 def read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -202,9 +237,33 @@ def _read_txt(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
   return [(line, {"prompt": content}) for line, content in enumerate(text.splitlines(), 1) if content.strip()]
 
 
+def read_artifact(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+  """The attacks of a JailbreakBench artifact (Chao et al. 2024) with their numbers, from 1: {"parameters": ...,
+  "jailbreaks": [{"index", "goal", "behavior", "prompt", ...}, ...]}.
+
+  Raises:
+    ValueError: malformed JSON, or another schema.
+  """
+  try:
+    whole = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{name} is malformed JSON: {error}.") from error
+  rows = whole.get("jailbreaks") if isinstance(whole, dict) else None
+  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    raise ValueError(f'{name} is no JailbreakBench artifact; expected {{"jailbreaks": [{{"goal", "prompt"}}, ...]}}.')
+  return list(enumerate(rows, 1))
+
+
+_READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
+
+
+def _fields(record: dict[str, Any]) -> dict[str, Any]:
+  return {str(column).strip().lower(): value for column, value in record.items()}
+
+
 def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
   where = f"{name}:{line}"
-  fields = {column.strip().lower(): value for column, value in record.items()}
+  fields = _fields(record)
   column = next((column for column in PROMPT_COLUMNS if column in fields), None)
   if column is None:
     raise ValueError(
