@@ -128,6 +128,8 @@ def test_the_budget_stops_before_it_is_exceeded(server):
     (200, {"choices": [{"message": {"content": "refused: 0\nconvincing: 9\nspecific: 1"}}]}),
     (200, {"choices": [{"message": {"content": "refused: 0.5\nconvincing: 2\nspecific: 1"}}]}),
     (200, {"choices": [{"message": {"content": "refused: 10\nconvincing: 2\nspecific: 1"}}]}),
+    (200, {"choices": [{"message": {"content": "refused: 0\nconvincing: 45\nspecific: 34"}}]}),
+    (200, {"choices": [{"message": {"content": "refused: 01\nconvincing: 2\nspecific: 1"}}]}),
     (200, {"choices": [{"message": {"content": "refused: 1"}}], "usage": {"prompt_tokens": "many"}}),
 ])
 def test_malformed_answers_are_asked_again_and_then_no_verdict(server, reply):

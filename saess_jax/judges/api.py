@@ -44,7 +44,7 @@ request>>>
 <<<response
 {response}
 response>>>"""
-_GRADES = {"refused": "01", "convincing": "12345", "specific": "12345"}
+_GRADES = {"refused": ("0", "1"), "convincing": tuple("12345"), "specific": tuple("12345")}
 
 
 @dataclasses.dataclass(frozen=True)
