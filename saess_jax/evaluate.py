@@ -8,6 +8,9 @@ Three steps over JSONL, each of which goes on where it was interrupted when the 
   metrics.json          what `metrics.metrics_of` makes of these, written anew each time
   evaluation.json       what is evaluated: config, checkpoint, a digest of the files; another evaluation's is refused
 
+Attacks and judges may be left out or added from one command to the next: what is there of the others stays, and figures
+are made of those that the last command named. `lock` keeps a second process out.
+
   python -m saess_jax.evaluate OUT_A OUT_B      what differs between two evaluations, behavior by behavior
 """
 
@@ -124,12 +127,14 @@ def evaluate(
   """Runs what is not there yet, writes everything named above, prints a table and returns the metrics.
 
   Args:
-    workdir: an empty or new folder, or one in which this same evaluation was begun (with these judges or others).
+    workdir: an empty or new folder, or one in which this same evaluation was begun (with these attacks and judges or
+      others).
     load: gives the models.
 
   Raises:
     ValueError: an unknown attack, judge, model or suite, no rows, a prompt that does not fit the model's context with
-      its response, an attack that asks the [CLS] of a rival, or a `workdir` that holds something else.
+      its response, an attack that asks the [CLS] of a rival, or a `workdir` that holds something else or
+      that another process is at work in.
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
@@ -138,7 +143,8 @@ def evaluate(
   suites = suites_of(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
   begun = (workdir / "evaluation.json").exists()
-  if not begun and (workdir.is_file() or workdir.is_dir() and any(workdir.iterdir())):
+  if not begun and (
+      workdir.is_file() or workdir.is_dir() and any(entry.name != staging.LOCK for entry in workdir.iterdir())):
     raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
   models = load(config)
   asking = [name for name, attack in attacks.items() if attack.asks_cls and not models.has_cls]
@@ -153,16 +159,17 @@ def evaluate(
       if method == "direct":
         _check_fit(models.generator(config.models[0], config.max_new_tokens), suite,
                    [(suites[suite][i].prompt, "") for i in indices])
-  _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity, "attack files": {
-      name: attack.content for name, attack in attacks.items() if attack.content}})
-
-  attempts = _attempts(config, attacks, suites, models, Records(workdir / "attempts.jsonl"))
-  _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
-  responses = Records(workdir / "responses.jsonl").read()
-  for name, judge in chosen.items():
-    _judge(name, judge, responses, _judgements(workdir, name))
-  metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
-  staging.write_text(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+  workdir.mkdir(parents=True, exist_ok=True)
+  with staging.alone(workdir):
+    _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity, "attack files": {
+        name: attack.content for name, attack in attacks.items() if attack.content}})
+    attempts = _attempts(config, attacks, suites, models, Records(workdir / "attempts.jsonl"))
+    _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
+    responses = _responses(workdir)
+    for name, judge in chosen.items():
+      _judge(name, judge, responses, _judgements(workdir, name))
+    metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
+    staging.write_text(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
   print(metrics_lib.table(metrics))
   return metrics
 
@@ -199,6 +206,9 @@ def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
 def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> list[dict[str, Any]]:
   """The responses of an evaluation that these judges have judged, each with its `judgements`; [] before it has begun.
 
+  They are those to the attacks that its last command named, and each is there once, should its line be there twice: of
+  responses the first counts, which judges read, and of judgements the last.
+
   Args:
     judged_by: names of judges; () for whichever there are.
   """
@@ -208,7 +218,21 @@ def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> 
       name: {_key(record): record["judgement"] for record in _judgements(workdir, name).read()} for name in names}
   return [
       row | {"judgements": {name: found[name][_key(row)] for name in names}}
-      for row in Records(workdir / "responses.jsonl").read() if all(_key(row) in found[name] for name in names)]
+      for row in _responses(workdir) if all(_key(row) in found[name] for name in names)]
+
+
+def _responses(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """What `read_results` says of responses; in the order of suites and attacks, whichever was answered first."""
+  claim, first = workdir / "evaluation.json", {}
+  if not claim.exists():
+    return []
+  config = json.loads(claim.read_text())["config"]
+  suites, attacks = config["suites"].split(","), config["attacks"]
+  for record in Records(workdir / "responses.jsonl").read():
+    if record["method"] in attacks or record["label"] == 0:  # Benign ones are direct, whether that is an attack or not.
+      first.setdefault(_key(record), record)
+  place = lambda row: (suites.index(row["suite"]), ["direct", *attacks].index(row["method"]))
+  return sorted(first.values(), key=place)
 
 
 _KEYS = ("suite", "method", "model", "index", "attempt")
@@ -241,7 +265,7 @@ def _attempts(
 ) -> dict[tuple[str, str, str, int], list[attacks_lib.Attempt]]:
   """(suite, method, model, index) -> attempts. An attack that is not adaptive is made once for all models."""
   identify = lambda record: tuple(record[key] for key in ("suite", "method", "victim", "index"))
-  made = {identify(record): record["attempts"] for record in records.read()}
+  made = {identify(record): record["attempts"] for record in reversed(records.read())}  # The first counts.
   jobs = []
   for suite, method, indices in _plan(config, suites):
     attack = attacks[method]
@@ -343,8 +367,8 @@ def _record(
 def _judge(
     name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records) -> None:
   """Has one judge judge what it has not judged yet, or judged in another version."""
-  there = {_key(record) for record in records.read() if record["judgement"]["version"] == judge.version}
-  missing = [row for row in responses if _key(row) not in there]
+  there = {_key(record): record["judgement"]["version"] for record in records.read()}  # The last counts.
+  missing = [row for row in responses if there.get(_key(row)) != judge.version]
   with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
     for at in range(0, len(missing), judge.at_a_time):
       rows = missing[at : at + judge.at_a_time]
@@ -385,23 +409,35 @@ def _digest(suites: dict[str, list[sources.Row]]) -> str:
 
 
 def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
+  """Says in evaluation.json what is evaluated there; files of attacks that an earlier command named stay named.
+
+  Raises:
+    ValueError: it says already that something else is.
+  """
   path = workdir / "evaluation.json"
-  if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    staging.write_text(path, json.dumps(claim, indent=2) + "\n")
-    return
-  theirs = json.loads(path.read_text())
-  different = [
-      f"{key} is {now!r} now and {then!r} there"
-      for key, now, then in [
-          *((k, v, theirs["config"].get(k)) for k, v in claim["config"].items()),
-          ("the digest of the prompts", claim["rows"], theirs["rows"]),
-          ("the digest of attack files", claim["attack files"], theirs.get("attack files", claim["attack files"])),
-          ("the model", claim["models"], theirs["models"])] if now != then]
-  if different:
-    raise ValueError(
-        f"{workdir} holds another evaluation: {'; '.join(different)}. Choose another --workdir, or give the config of "
-        "that evaluation to resume it.")
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    different = [f"{name} is {now!r} now and {then!r} there" for name, now, then in _differences(claim, theirs)]
+    if claim["rows"] != theirs["rows"]:
+      different.append(f"the digest of the prompts is {claim['rows']!r} now and {theirs['rows']!r} there")
+    if different:
+      raise ValueError(
+          f"{workdir} holds another evaluation: {'; '.join(different)}. Choose another --workdir, or give the config "
+          "of that evaluation to resume it.")
+    claim = claim | {"attack files": theirs.get("attack files", {}) | claim["attack files"]}
+  staging.write_text(path, json.dumps(claim, indent=2) + "\n")
+
+
+def _differences(claim: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+  """(setting, here, there) of all that makes another evaluation, its prompts aside; a row names its own attack."""
+  flat = lambda config: config | {f"safety.{name}": value for name, value in config["safety"].items()}
+  settings, others = flat(claim["config"]), flat(other["config"])
+  files, other_files = claim.get("attack files", {}), other.get("attack files", {})
+  pairs = [(name, settings.get(name), others.get(name)) for name in settings | others
+           if name not in ("attacks", "safety")]
+  pairs += [(f"the digest of {name}", files[name], other_files[name]) for name in files if name in other_files]
+  pairs.append(("the model", claim["models"], other["models"]))
+  return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Folders and text files that appear whole or not at all."""
+"""Folders and text files that appear whole or not at all, and a folder for one process at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
+
+LOCK = "lock"  # The file of `alone`.
 
 
 @contextlib.contextmanager
@@ -48,6 +50,23 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
       raise
   finally:
     os.close(lock)
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+  """Lets one process at a time into `folder`. It leaves an empty file there; the lock itself ends with its process.
+
+  The file is locked and not the folder, since NFS locks only what is open for writing.
+
+  Raises:
+    ValueError: another process is in it.
+  """
+  with open(folder / LOCK, "a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(f"Another process is at work in {folder}; wait for it, or choose another folder.") from None
+    yield
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -9,13 +9,15 @@ import math
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import attacks
+from saess_jax import attacks, staging
 from saess_jax import evaluate as evaluate_lib
 from saess_jax.config import (
   EvalConfig,
@@ -27,6 +29,7 @@ from saess_jax.config import (
 )
 from saess_jax.evaluate import Models, evaluate, read_results
 from saess_jax.generate import Generator, Response
+from saess_jax.judges import RefusalJudge
 from saess_jax.metrics import compare, mcnemar, metrics_of, table, wilson_interval
 from saess_jax.model import Llama, nn
 from saess_jax.report import write_report
@@ -417,8 +420,122 @@ def test_another_file_of_attacks_is_another_evaluation(config, tmp_path):
   evaluate(config, tmp_path / "out", models())
   evaluate(config, tmp_path / "out", models())  # The same file: nothing to say against it.
   write("At once:")
-  with pytest.raises(ValueError, match="the digest of attack files is"):
+  with pytest.raises(ValueError, match="the digest of file:.*made.csv is"):
     evaluate(config, tmp_path / "out", models())
+  evaluate(dataclasses.replace(config, attacks=("direct",)), tmp_path / "out", models())
+  with pytest.raises(ValueError, match="the digest of file:.*made.csv is"):  # What was made of it is still there.
+    evaluate(config, tmp_path / "out", models())
+
+
+class Long(attacks.Attack):
+  name = "long"
+
+  def attempts(self, behaviors, target):
+    return [[attacks.Attempt(f"{behavior} " * 200)] for behavior in behaviors]
+
+
+def test_an_attack_that_fails_is_left_out_and_another_is_added(config, tmp_path, monkeypatch):
+  monkeypatch.setitem(attacks.ATTACKS, "long", Long)
+  attacked_by = lambda *names: dataclasses.replace(config, attacks=names)
+  with pytest.raises(ValueError, match="prompts.csv, long: Prompt 0 has more tokens"):
+    evaluate(attacked_by("prefill_5", "long"), tmp_path / "out", models())
+  asked = []
+  metrics = evaluate(attacked_by("prefill_5"), tmp_path / "out", models(asked))
+  assert metrics == evaluate(attacked_by("prefill_5"), tmp_path / "other", models())
+  asked.clear()
+  metrics = evaluate(attacked_by("direct", "prefill_5", "prefill_20"), tmp_path / "out", models(asked))
+  fresh = evaluate(attacked_by("direct", "prefill_5", "prefill_20"), tmp_path / "fresh", models())
+  assert metrics == fresh and table(metrics) == table(fresh)  # In its order too.
+  assert asked == [("base", 4), ("saess", 4)] * 2
+  asked.clear()
+  metrics = evaluate(attacked_by("prefill_5"), tmp_path / "out", models(asked))  # The others' rows stay, and count not.
+  rows = read_results(tmp_path / "out")
+  assert metrics["figures"][config.suites]["attack_success_rate"]["saess"].keys() == {"prefill_5"} and not asked
+  assert {(row["method"], row["label"]) for row in rows} == {("prefill_5", 1), ("direct", 0)}
+  write_report(metrics, rows, tmp_path / "out" / "report.html")
+  assert "prefill_20" not in (tmp_path / "out" / "report.html").read_text()
+  assert "prefill_20" in (tmp_path / "out" / "responses.jsonl").read_text()
+
+
+def test_an_attack_that_is_left_out_is_not_judged(config, tmp_path):
+  evaluate(dataclasses.replace(config, judges=("rules",)), tmp_path / "out", models())
+  evaluate(dataclasses.replace(config, judges=("prefix",), attacks=("direct",)), tmp_path / "out", models())
+  records = (tmp_path / "out" / "judgements" / "prefix.jsonl").read_text().splitlines()
+  assert {json.loads(record)["method"] for record in records} == {"direct"}
+
+
+# ---- One process, one row
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_gone(config, tmp_path):
+  out = tmp_path / "out"
+  evaluate(config, out, models())
+  held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+  first = subprocess.Popen(
+      [sys.executable, "-c", "import pathlib, sys\nfrom saess_jax import staging\n"
+       "with staging.alone(pathlib.Path(sys.argv[1])):\n  print('in', flush=True)\n  sys.stdin.read()", out],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  try:
+    assert first.stdout.readline() == b"in\n"
+    with pytest.raises(ValueError, match="Another process is at work in .*out; wait for it, or choose another"):
+      evaluate(dataclasses.replace(config, attacks=("direct", "prefill_40")), out, models())
+    assert held == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+  finally:
+    first.kill()
+    first.wait()
+  evaluate(config, out, models())
+
+
+def test_an_evaluation_keeps_a_second_process_out(config, tmp_path):
+  said = []
+  def load(config):
+    def generator(name, max_new_tokens):
+      if (tmp_path / "out" / "attempts.jsonl").exists():
+        said.append(subprocess.run(
+            [sys.executable, "-c", "import pathlib, sys\nfrom saess_jax import staging\n"
+             "with staging.alone(pathlib.Path(sys.argv[1])): pass", tmp_path / "out"], capture_output=True).stderr)
+      return models()(config).generator(name, max_new_tokens)
+    return dataclasses.replace(models()(config), generator=generator)
+  evaluate(dataclasses.replace(config, attacks=("direct",), models=("saess",)), tmp_path / "out", load)
+  assert said and all(b"ValueError: Another process is at work in" in words for words in said)
+
+
+def test_what_a_process_left_that_died_before_its_claim_is_no_evaluation(config, tmp_path):
+  (tmp_path / "out").mkdir()
+  with staging.alone(tmp_path / "out"):
+    pass
+  evaluate(config, tmp_path / "out", models())
+
+
+def test_a_line_that_is_there_twice_is_one_row(config, tmp_path):
+  """As two processes once left them: responses of which the first was judged, and a judgement that is younger."""
+  out = tmp_path / "out"
+  metrics = evaluate(config, out, models())
+  rows = read_results(out)
+  for name in ("attempts.jsonl", "responses.jsonl", "judgements/rules.jsonl"):
+    lines = (out / name).read_text().splitlines(keepends=True)
+    again = [line.replace(ANSWER, REFUSAL).replace("Do the", "DO THE") if "judgement" not in line else line
+             for line in lines]
+    (out / name).write_text("".join(lines + again))
+  asked = []
+  assert evaluate(config, out, models(asked)) == metrics and not asked and read_results(out) == rows
+  judged = len((out / "judgements" / "rules.jsonl").read_text().splitlines())
+  assert judged == 2 * len(rows)
+  write_report(metrics, rows, out / "report.html")
+  page = (out / "report.html").read_text()
+  lines = [int(line) for line in re.findall(r"responses.jsonl, line (\d+) ", page)]
+  assert lines and max(lines) <= len(rows)
+
+
+def test_a_judge_of_an_earlier_version_judges_again(config, tmp_path, monkeypatch):
+  config = dataclasses.replace(config, judges=("rules",))
+  version = lambda: evaluate(config, tmp_path / "out", models())["judge"]["version"]
+  now = version()
+  with monkeypatch.context() as patched:
+    patched.setattr(RefusalJudge, "version", "rules 0")
+    assert version() == "rules 0"
+  assert version() == now
+  assert {row["judgements"]["rules"]["version"] for row in read_results(tmp_path / "out")} == {now}
 
 
 @pytest.mark.parametrize("name, text", [
@@ -445,12 +562,6 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_written(config, 
 
 
 def test_an_attack_that_makes_a_prompt_too_long_is_named_before_any_response(config, tmp_path, monkeypatch):
-  class Long(attacks.Attack):
-    name = "long"
-
-    def attempts(self, behaviors, target):
-      return [[attacks.Attempt(f"{behavior} " * 200)] for behavior in behaviors]
-
   monkeypatch.setitem(attacks.ATTACKS, "long", Long)
   asked = []
   with pytest.raises(ValueError, match="prompts.csv, long: Prompt 0 has more tokens than fit"):

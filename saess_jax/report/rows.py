@@ -27,7 +27,8 @@ class RowBook:
     """`responses`: responses.jsonl, to name its lines; where it is absent only keys are named."""
     self.judge, self.safety = judge, safety
     self._numbers = {_key(row): number for number, row in enumerate(rows, 1)}
-    self._lines = {_key(record): line for line, record in enumerate(Records(responses).read(), 1)}
+    lines = reversed(list(enumerate(Records(responses).read(), 1)))  # Of a row that is there twice the first counts.
+    self._lines = {_key(record): line for line, record in lines}
     self._linked: dict[int, Row] = {}
 
   def link(self, row: Row, text: str) -> Raw:
