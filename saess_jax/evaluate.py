@@ -221,12 +221,23 @@ def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> 
       for row in _responses(workdir) if all(_key(row) in found[name] for name in names)]
 
 
+def read_claim(workdir: str | pathlib.Path) -> dict[str, Any]:
+  """evaluation.json: "config" (of the last command, without judges), "models" (their identity), "rows" and files.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = pathlib.Path(workdir).expanduser() / "evaluation.json"
+  if not path.exists():
+    raise ValueError(f"{workdir} holds no evaluation; expected the --workdir of one (eval.py).")
+  return json.loads(path.read_text())
+
+
 def _responses(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """What `read_results` says of responses; in the order of suites and attacks, whichever was answered first."""
-  claim, first = workdir / "evaluation.json", {}
-  if not claim.exists():
+  if not (workdir / "evaluation.json").exists():
     return []
-  config = json.loads(claim.read_text())["config"]
+  config, first = read_claim(workdir)["config"], {}
   suites, attacks = config["suites"].split(","), config["attacks"]
   for record in Records(workdir / "responses.jsonl").read():
     if record["method"] in attacks or record["label"] == 0:  # Benign ones are direct, whether that is an attack or not.
@@ -416,7 +427,7 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
   """
   path = workdir / "evaluation.json"
   if path.exists():
-    theirs = json.loads(path.read_text())
+    theirs = read_claim(workdir)
     different = [f"{name} is {now!r} now and {then!r} there" for name, now, then in _differences(claim, theirs)]
     if claim["rows"] != theirs["rows"]:
       different.append(f"the digest of the prompts is {claim['rows']!r} now and {theirs['rows']!r} there")
@@ -445,11 +456,24 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("workdirs", nargs=2, metavar="OUT", help="workdirs of two evaluations (eval.py)")
   parser.add_argument("--judge", default="rules", help="whose verdicts count; it has to have judged both")
   options = parser.parse_args(argv)
-  a, b = (read_results(workdir, [options.judge]) for workdir in options.workdirs)
   try:
+    different = _differences(*map(read_claim, options.workdirs))
+    a, b = (_judged(workdir, options.judge) for workdir in options.workdirs)
     print(metrics_lib.compare(a, b, options.judge))
   except ValueError as error:
     raise SystemExit(f"{error} (A: {options.workdirs[0]}, B: {options.workdirs[1]})") from None
+  if different:
+    print("A and B differ in " + ", ".join(f"{name} ({ours!r}, {theirs!r})" for name, ours, theirs in different) + ".")
+
+
+def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
+  """`read_results` of one judge; ValueError if it has judged nothing there."""
+  rows = read_results(workdir, [judge])
+  if not rows:
+    raise ValueError(
+        f"{judge} has judged nothing in {workdir}; ask for another --judge, or give that evaluation's command again "
+        f"with --config.judges=\"('{judge}',)\": it needs no new responses.")
+  return rows
 
 
 if __name__ == "__main__":

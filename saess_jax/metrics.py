@@ -229,8 +229,15 @@ def compare(a: Rows, b: Rows, judge: str) -> str:
     judge: that judged both.
 
   Raises:
-    ValueError: they share no behavior.
+    ValueError: they share no behavior, or not all was judged by one version of the judge.
   """
+  versions = [sorted({row["judgements"][judge]["version"] for row in rows}) for rows in (a, b)]
+  if len({*versions[0], *versions[1]}) > 1:
+    in_a, in_b = map(" and ".join, versions)
+    raise ValueError(
+        f"{judge} judged A in version {in_a}, B in version {in_b}, and they may disagree on one and the same response. "
+        "Give the commands of both evaluations (eval.py) again: they are judged anew, with no new responses.")
+
   def verdicts(rows):
     found: dict[tuple[str, str, str], dict[tuple[str, int], bool]] = {}
     for row in rows:

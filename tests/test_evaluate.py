@@ -258,11 +258,61 @@ def test_two_evaluations_side_by_side(config, tmp_path, capsys):
   evaluate(dataclasses.replace(config, max_new_tokens=9, models=("saess",)), tmp_path / "b", models(forbidden="thing"))
   capsys.readouterr()
   evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
-  lines = [line.split()[-6:] for line in capsys.readouterr().out.splitlines() if "saess" in line]
+  said = capsys.readouterr().out.splitlines()
+  assert said[-1] == "A and B differ in models (['base', 'saess'], ['saess']), max_new_tokens (48, 9)."
+  lines = [line.split()[-6:] for line in said if "saess" in line]
   assert ["(malicious)", "0%", "25%", "0", "1", "1.000"] in lines
   assert ["(benign)", "50%", "0%", "1", "0", "1.000"] in lines
   with pytest.raises(ValueError, match="share no suite, model, attack and behavior"):
     compare(read_results(tmp_path / "a"), [], "rules")
+
+
+def test_two_evaluations_alike_differ_in_nothing(config, tmp_path, capsys):
+  for name in "ab":
+    evaluate(config, tmp_path / name, models())
+  evaluate(dataclasses.replace(config, attacks=("direct",)), tmp_path / "b", models())  # Attacks stand in the table.
+  capsys.readouterr()
+  evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
+  said = capsys.readouterr().out
+  assert "differ" not in said and "direct" in said and "prefill_5" not in said
+
+
+def test_settings_weights_and_files_that_differ_are_named(config, tmp_path, capsys):
+  def run(name, words, tau):
+    (tmp_path / "made.csv").write_text(
+        "goal,prompt\n" + "".join(f"{row.prompt},{words}\n" for row in suites if row.label))
+    load = lambda config: dataclasses.replace(models(identity=f"weights {tau}")(config), safety=SafetyConfig(tau=tau))
+    evaluate(dataclasses.replace(config, attacks=(f"file:{tmp_path / 'made.csv'}",)), tmp_path / name, load)
+  (suites,) = evaluate_lib.suites_of(config).values()
+  run("a", "Please", 1)
+  run("b", "At once", 2)
+  capsys.readouterr()
+  evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert re.fullmatch(
+      r"A and B differ in safety.tau \(1, 2\), the digest of file:\S+made.csv \('\w+', '\w+'\), "
+      r"the model \('weights 1', 'weights 2'\)\.", last)
+
+
+def test_verdicts_of_two_versions_are_not_compared(config, tmp_path, monkeypatch):
+  config = dataclasses.replace(config, judges=("rules",))
+  evaluate(config, tmp_path / "a", models())
+  with monkeypatch.context() as patched:
+    patched.setattr(RefusalJudge, "version", "0")
+    evaluate(config, tmp_path / "b", models())
+  folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+  with pytest.raises(SystemExit, match=r"rules judged A in version \d+, B in version 0, .* commands of both.* again"):
+    evaluate_lib.main(folders)
+  evaluate(config, tmp_path / "b", models())
+  evaluate_lib.main(folders)
+
+
+def test_what_cannot_be_compared_is_named(config, tmp_path):
+  evaluate(dataclasses.replace(config, judges=("rules",)), tmp_path / "a", models())
+  with pytest.raises(SystemExit, match="nowhere holds no evaluation; expected the --workdir of one"):
+    evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "nowhere")])
+  with pytest.raises(SystemExit, match=r"prefix has judged nothing in .*a; .* --config.judges=\"\('prefix',\)\""):
+    evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "a"), "--judge", "prefix"])
 
 
 def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
