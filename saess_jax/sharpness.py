@@ -87,6 +87,16 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
   return found
 
 
+def _check_evaluated(evaluation: str, checkpoint: str, identity: str) -> None:
+  """Raises ValueError unless it was this checkpoint that gave the responses of `evaluation`."""
+  claim = evaluate.read_claim(evaluation)
+  there = claim["config"]["checkpoint"]
+  if (there, claim["models"]) != (checkpoint, identity):
+    raise ValueError(
+        f"{evaluation} is an evaluation of {there!r} ({claim['models']}), and --checkpoint is {checkpoint!r} "
+        f"({identity}); give the checkpoint that was evaluated, by the same path.")
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
       prog="python -m saess_jax.sharpness", description="Entropy and sharpness of the next token under attacks.")
@@ -100,7 +110,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.error(f"{options.evaluation} holds no responses; expected the --workdir of an evaluation (eval.py).")
   # What soft prompts fed cannot be read again from a row.
   by_model = metrics.group([row for row in rows if row["label"] == 1 and not row.get("soft_tokens")], "model")
-  models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(by_model)))
+  try:
+    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(by_model)))
+    _check_evaluated(options.evaluation, options.checkpoint, models.identity)
+  except (ValueError, FileNotFoundError) as error:
+    parser.error(str(error))
   report: dict[str, dict[str, Any]] = {}
   print(f"{'model, attack':<36}{'n':>6}   entropy (nats), sharpness: before token 1, mean of {options.tokens}")
   for model, of_model in by_model.items():

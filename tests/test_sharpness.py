@@ -1,6 +1,7 @@
 """How sure the next token is: literal distributions, and rows read again as they were decoded."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +86,31 @@ def test_the_command_over_an_evaluation(tmp_path, capsys):
       keep | {"method": "nested", "response": "", "tokens": []},
       keep | {"method": "direct", "label": 0, "response": "Yes", "tokens": list("Yes")}]
   (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  claim = {"config": {"checkpoint": folder}, "models": folder}
+  (tmp_path / "evaluation.json").write_text(json.dumps(claim))
   sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path), "--tokens", "9"])
   assert "no response holds a token of the model's own" in capsys.readouterr().out
   said = json.loads((tmp_path / "sharpness.json").read_text(), parse_constant=pytest.fail)  # No NaN in it.
   figures = said["by_model"]["base"]["direct"]
   assert said["by_model"].keys() == {"base"} and said["by_model"]["base"].keys() == {"direct"} and figures["n"] == 2
   assert len(figures["entropy"]) == len(figures["sharpness"]) < 9 and all(0.1 <= x <= 1 for x in figures["sharpness"])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"config": {"checkpoint": "other"}}, "is an evaluation of 'other' .*give the checkpoint that was evaluated"),
+    ({"models": "step 3 of yesterday"}, r"is an evaluation of '\S+' \(step 3 of yesterday\), and --checkpoint is"),
+    (None, "holds no evaluation; expected the --workdir of one")])
+def test_an_evaluation_of_another_checkpoint_is_refused(change, words, tmp_path, capsys):
+  folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
+  row = dict(model="base", label=1, prompt="bread", prefix_tokens=0, method="direct", response="Take", tokens=["Take"])
+  (tmp_path / "responses.jsonl").write_text(json.dumps(row) + "\n")
+  if change:
+    claim = {"config": {"checkpoint": folder}, "models": folder} | change
+    (tmp_path / "evaluation.json").write_text(json.dumps(claim))
+  with pytest.raises(SystemExit):
+    sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path)])
+  assert re.search(words, capsys.readouterr().err)
+  assert not (tmp_path / "sharpness.json").exists()
 
 
 def test_an_evaluation_without_responses_is_named(tmp_path, capsys):
