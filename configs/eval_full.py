@@ -1,8 +1,10 @@
-"""Overnight on two cores: every attack that asks no gradient, on the embedded test split or on your own suites.
+"""Overnight on two cores: every attack that asks no gradient, on 64 requests of each label of the embedded test split.
 
   python eval.py --config configs/eval_full.py --checkpoint RUN --workdir OUT
   python eval.py --config configs/eval_full.py --config.suites=malicious:advbench.csv,benign:xstest.csv ...
+  python eval.py --config configs/eval_full.py --config.max_rows=0 ...     # all requests, three times as many
 
+A request meets some hundred attempts, half of them `sampling`, by each of two models.
 A killed run goes on where it was; what is left is shown with the time it will take.
 """
 
@@ -11,7 +13,7 @@ from saess_jax.config import EvalConfig, to_config_dict
 
 def get_config():
   return to_config_dict(EvalConfig(
-      attacks=(
+      max_rows=64, attacks=(
           "direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40", "prefill_100", "prefill_500", "prefill_2000",
           "prefill_own_10", "prefill_own_40", "sampling", "nested", "roleplay", "suppression", "splitting", "past",
           "translation", "persuasion", "base64", "rot13", "leetspeak", "homoglyphs", "zero_width", "many_shot_16",

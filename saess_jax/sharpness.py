@@ -29,7 +29,6 @@ from saess_jax.attacks import Weights
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
-from saess_jax.records import Records
 
 
 def top_k_statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -105,16 +104,17 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--tokens", type=int, default=8, help="generated tokens looked at")
   parser.add_argument("--k", type=int, default=10, help="likeliest tokens")
   options = parser.parse_args(argv)
-  rows = Records(pathlib.Path(options.evaluation).expanduser() / "responses.jsonl").read()
-  if not rows:
-    parser.error(f"{options.evaluation} holds no responses; expected the --workdir of an evaluation (eval.py).")
-  # What soft prompts fed cannot be read again from a row.
-  by_model = metrics.group([row for row in rows if row["label"] == 1 and not row.get("soft_tokens")], "model")
   try:
-    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(by_model)))
+    models = evaluate.load_models(EvalConfig(
+        checkpoint=options.checkpoint, models=tuple(evaluate.read_claim(options.evaluation)["config"]["models"])))
     _check_evaluated(options.evaluation, options.checkpoint, models.identity)
+    rows = evaluate.read_results(options.evaluation)
+    if not rows:
+      raise ValueError(f"{options.evaluation} holds no judged responses yet; let its evaluation (eval.py) end.")
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
+  # What soft prompts fed cannot be read again from a row.
+  by_model = metrics.group([row for row in rows if row["label"] == 1 and not row.get("soft_tokens")], "model")
   report: dict[str, dict[str, Any]] = {}
   print(f"{'model, attack':<36}{'n':>6}   entropy (nats), sharpness: before token 1, mean of {options.tokens}")
   for model, of_model in by_model.items():

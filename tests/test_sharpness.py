@@ -77,17 +77,28 @@ def test_what_the_decoder_put_in_is_not_read():
   assert read(intervened_at=7, tokens=list("Sure, flour12")) == 1
 
 
+ROW = dict(suite="embedded", method="direct", model="base", index=0, attempt=0, label=1, prompt="bread",
+           prefix_tokens=0, intervened_at=-1)
+
+
+def claim(folder, checkpoint=None, models=None):
+  """What evaluation.json says of an evaluation of the weights in `folder`."""
+  config = dict(
+      checkpoint=checkpoint or folder, suites="embedded", attacks=["direct", "nested"], models=["base"])
+  return {"config": config, "models": models or folder}
+
+
 def test_the_command_over_an_evaluation(tmp_path, capsys):
   folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
-  keep = dict(model="base", label=1, prompt="bread", prefix_tokens=0, intervened_at=-1)
   rows = [
-      keep | {"method": "direct", "response": "Take", "tokens": list("Take")},
-      keep | {"method": "direct", "response": "No", "tokens": list("No")},
-      keep | {"method": "nested", "response": "", "tokens": []},
-      keep | {"method": "direct", "label": 0, "response": "Yes", "tokens": list("Yes")}]
+      ROW | {"response": "Take", "tokens": list("Take")},
+      ROW | {"index": 1, "response": "No", "tokens": list("No")},
+      ROW | {"index": 1, "response": "No", "tokens": list("No")},  # Written twice, it counts once.
+      ROW | {"method": "nested", "response": "", "tokens": []},
+      ROW | {"method": "past", "response": "Took", "tokens": list("Took")},  # An attack that was left out since.
+      ROW | {"index": 2, "label": 0, "response": "Yes", "tokens": list("Yes")}]
   (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  claim = {"config": {"checkpoint": folder}, "models": folder}
-  (tmp_path / "evaluation.json").write_text(json.dumps(claim))
+  (tmp_path / "evaluation.json").write_text(json.dumps(claim(folder)))
   sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path), "--tokens", "9"])
   assert "no response holds a token of the model's own" in capsys.readouterr().out
   said = json.loads((tmp_path / "sharpness.json").read_text(), parse_constant=pytest.fail)  # No NaN in it.
@@ -97,16 +108,14 @@ def test_the_command_over_an_evaluation(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"config": {"checkpoint": "other"}}, "is an evaluation of 'other' .*give the checkpoint that was evaluated"),
+    ({"checkpoint": "other"}, "is an evaluation of 'other' .*give the checkpoint that was evaluated"),
     ({"models": "step 3 of yesterday"}, r"is an evaluation of '\S+' \(step 3 of yesterday\), and --checkpoint is"),
     (None, "holds no evaluation; expected the --workdir of one")])
 def test_an_evaluation_of_another_checkpoint_is_refused(change, words, tmp_path, capsys):
   folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
-  row = dict(model="base", label=1, prompt="bread", prefix_tokens=0, method="direct", response="Take", tokens=["Take"])
-  (tmp_path / "responses.jsonl").write_text(json.dumps(row) + "\n")
-  if change:
-    claim = {"config": {"checkpoint": folder}, "models": folder} | change
-    (tmp_path / "evaluation.json").write_text(json.dumps(claim))
+  (tmp_path / "responses.jsonl").write_text(json.dumps(ROW | {"response": "Take", "tokens": ["Take"]}) + "\n")
+  if change is not None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(claim(folder, **change)))
   with pytest.raises(SystemExit):
     sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path)])
   assert re.search(words, capsys.readouterr().err)
@@ -114,6 +123,8 @@ def test_an_evaluation_of_another_checkpoint_is_refused(change, words, tmp_path,
 
 
 def test_an_evaluation_without_responses_is_named(tmp_path, capsys):
+  folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
+  (tmp_path / "evaluation.json").write_text(json.dumps(claim(folder)))
   with pytest.raises(SystemExit):
-    sharpness.main(["--checkpoint", "RUN", "--evaluation", str(tmp_path)])
-  assert "holds no responses; expected the --workdir of an evaluation" in capsys.readouterr().err
+    sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path)])
+  assert "holds no judged responses yet; let its evaluation" in capsys.readouterr().err
