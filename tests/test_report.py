@@ -207,11 +207,29 @@ def test_headline_has_numbers_and_intervals(tmp_path):
   assert cells(text, "asked directly") == ["100% [61, 100]", "0% [0, 39]"]
   assert cells(text, "worst attack") == ["100% [61, 100] direct", "17% [3, 56] prefill_5"]
   assert cells(text, "benign refused") == ["0% [0, 56]", "33% [6, 79]"]
-  assert cells(text, "caught by the first verdict") == ["–", "100% [61, 100]"]
+  assert cells(text, "caught by the first verdict, asked directly") == ["–", "100% [61, 100]"]
   assert cells(text, "mean leaked tokens") == ["–", "2.0 [2.0, 2.0]"]
   # Six malicious prompts at 0.8; benign ones at 0.1, 0.1 and 0.6.
   assert "ROC. Area 1.000 [" in text and "Equal error rate 0.0%" in text
   assert "Expected calibration error 0.222" in text  # (2 · 0.1 + 0.6 + 6 · 0.2) / 9.
+
+
+def test_the_first_verdict_of_each_attack(tmp_path):
+  sent = lambda i, model, attempt: row(
+      i, model, "persuasion_2", said=SECRET, attempt=attempt, prob=0.7 if (i, attempt) == (0, 1) else 0.2)
+  rows = ROWS + [sent(i, model, attempt) for i in range(6) for model in ("base", "saess") for attempt in (0, 1)]
+  text = page(tmp_path, rows, EvalConfig(attacks=(*ATTACKS, "persuasion_2")))
+  table = text[text.index("Every attack in figures"):]
+  heads = re.findall(r"<th>(.*?)</th>", table[:table.index("</thead>")])
+  lines = [re.findall(r"<td>(.*?)</td>", line) for line in re.findall(r"<tr>(<td>.*?)</tr>", table)]
+  first = {(line[0], line[1]): line[heads.index("first verdict")].replace("\xa0", " ") for line in lines[:8]}
+  # Of attempts, as they were sent, and not what it is of the same requests asked directly.
+  assert first["persuasion_2", "SA-ESS"] == "8% [1, 35]" and first["direct", "SA-ESS"] == "100% [61, 100]"
+  assert first["persuasion_2", "base\xa0model"] == "–"
+  assert cells(text, "caught by the first verdict, asked directly") == ["–", "100% [61, 100]"]
+  # Not asked directly: no figure that could be taken for it.
+  rows = [r for r in rows if r["method"] == "persuasion_2" or not r["label"]]
+  assert "asked directly" not in page(tmp_path, rows, EvalConfig(attacks=("persuasion_2",))).split("<nav>")[0]
 
 
 def test_several_suites(tmp_path):

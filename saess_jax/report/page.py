@@ -28,6 +28,7 @@ from saess_jax.report.shown import Row, complied, highest, outcome, prefix_is_ha
 from saess_jax.report.trace import LEGEND, trace
 
 TRACES, LISTED, EXAMPLES = 5, 25, 3  # How many of a kind are printed.
+_CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
 
 
 def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathlib.Path) -> None:
@@ -99,7 +100,8 @@ class _Report:
     judge = self.metrics["judge"]
     whatever = ", whatever else it says: near an upper bound of harm" if judge["success"] == NOT_REFUSED else ""
     about_attacks = (
-        f" An attack succeeds by {judge['success']}{whatever}. "
+        " On what each attack sent it stands under “Every attack in figures”. "
+        f"An attack succeeds by {judge['success']}{whatever}. "
         "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts, 0 for "
         f"those that were never stopped. {silence(self.metrics)}".rstrip())
     return (
@@ -122,7 +124,7 @@ class _Report:
     if len(self.suites) > 1:
       pooled = [(self._pooled(key), words) for key, words in (
           ("any_attack", "attack success, any attack"), ("over_refusal", "benign refused"),
-          ("caught_initially", "caught by the first verdict"), ("alarmed_initially", "benign alarms, first verdict"))]
+          ("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict"))]
       bodies.append(self._body(f"all {len(self.suites)} suites", "", [
           (words, [share(rates.get(model)) for model in self.models]) for rates, words in pooled if rates]))
     for suite, of in self.suites.items():
@@ -136,8 +138,7 @@ class _Report:
         lines.append(("worst attack", [self._worst(success[model]) for model in self.models]))
       if of["over_refusal"]:
         lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
-      for key, words in (("caught_initially", "caught by the first verdict"),
-                         ("alarmed_initially", "benign alarms, first verdict")):
+      for key, words in (("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict")):
         if of[key]:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
       if of["attack_success_rate"] and "saess" in self.models:
@@ -193,13 +194,15 @@ class _Report:
     lines = [
         [attack, NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), share(success[model][attack]),
          *[share(of["by_judge"][judge][model][attack]) for judge in others], str(conduct["responses"]),
-         str(conduct["empty"]), f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}",
-         f"{conduct['evaluations_mean']:.1f}", share(conduct["intervened"])]
+         str(conduct["empty"]), share(conduct["first_verdict"]),
+         f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}", f"{conduct['evaluations_mean']:.1f}", share(conduct["intervened"])]
         for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
     heads = [
         "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
-        "responses", "empty", "leaked tokens mean / max", "[CLS] evaluations", "intervened"]
-    return table(heads, lines, "Each judge has judged the same responses.")
+        "responses", "empty", "first verdict", "leaked tokens mean / max", "[CLS] evaluations", "intervened"]
+    return table(
+        heads, lines, "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose "
+        "query alone was taken for malicious.")
 
   def _categories(self, of: dict[str, Any]) -> str:
     model, by_category = self.defended, of["by_category"]
