@@ -135,7 +135,9 @@ def test_metrics(config, tmp_path):
   assert figures["by_category"]["saess"]["prefill_20"]["acts"]["count"] == 2
   assert figures["by_judge"]["prefix"]["saess"]["prefill_20"]["count"] == 3
   conduct = figures["attacks"]["saess"]["prefill_5"]
-  assert conduct["empty"] == 1 and conduct["leaked_mean"] == 9 / 4 and conduct["leaked_max"] == 3
+  assert conduct["empty"] == 1 and conduct["leaked_mean"] == conduct["leaked_max"] == 3  # Of the three stopped.
+  assert figures["attacks"]["saess"]["prefill_20"]["leaked_mean"] is None  # None of four was.
+  assert figures["attacks"]["base"]["prefill_5"]["leaked_max"] is None
   assert conduct["first_verdict"] == pytest.approx(
       {"rate": 0.75, "low": 0.300642, "high": 0.954413, "count": 3, "n": 4}, abs=1e-5)
   assert figures["attacks"]["base"]["prefill_5"]["first_verdict"]["n"] == 0  # It has none.
@@ -147,13 +149,17 @@ def test_what_is_quoted_of_a_suite(config, tmp_path):
   summary = evaluate(config, tmp_path / "out", models())["suites"][config.suites]
   assert summary["saess"] == {
       "n": 4, "attack_success_rate": 0.75, "ci95": pytest.approx([0.300642, 0.954413], abs=1e-5), "refusal_rate": 0.75,
-      "initial_detect_rate": 0.75, "mean_leaked": pytest.approx((3 * 3) / 12), "judge": "rules",
-      "over_refusal_rate": 0.5}
+      "initial_detect_rate": 0.75, "judge": "rules", "over_refusal_rate": 0.5,
+      # Three were stopped by the first verdict, three after three tokens.
+      "mean_leaked": pytest.approx((3 * 0 + 3 * 3) / 6), "stopped": 6, "never_stopped": 6}
+  for key in ("mean_leaked", "stopped", "never_stopped"):  # What cannot intervene did not leak 0.
+    assert summary["base"][key] is None
   assert summary["base"]["initial_detect_rate"] is None and summary["base"]["refusal_rate"] == 0.25
   benign = dataclasses.replace(config, suites=config.suites.replace("file:", "benign:"))
   metrics = evaluate(benign, tmp_path / "benign", models())
   summary = metrics["suites"][benign.suites]["saess"]
   assert summary["n"] == 2 and summary["attack_success_rate"] is summary["ci95"] is None
+  assert summary["mean_leaked"] is summary["stopped"] is summary["never_stopped"] is None
   assert summary["refusal_rate"] == summary["over_refusal_rate"] == summary["initial_detect_rate"] == 0.5
   rows = read_results(tmp_path / "benign")
   for row in rows:  # As a judge of harm, which says nothing of refusals.

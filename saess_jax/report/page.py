@@ -102,8 +102,9 @@ class _Report:
     about_attacks = (
         " On what each attack sent it stands under “Every attack in figures”. "
         f"An attack succeeds by {judge['success']}{whatever}. "
-        "Leaked: tokens between the alarm and the refusal, averaged over all responses to malicious prompts, 0 for "
-        f"those that were never stopped. {silence(self.metrics)}".rstrip())
+        "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
+        "stopped so, 0 for those that the first verdict stopped; what was never stopped has no such figure, and the "
+        f"model may have refused it by itself. {silence(self.metrics)}".rstrip())
     return (
         f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}<p class='soft'>{_sizes(n)} prompts{of_suites}; 95% "
         f"intervals in brackets. Judge: {escape(judge['name'])} {escape(judge['version'])}. The first verdict is on "
@@ -141,8 +142,10 @@ class _Report:
       for key, words in (("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict")):
         if of[key]:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
-      if of["attack_success_rate"] and "saess" in self.models:
+      if of["stopped"]:
         lines.append(("mean leaked tokens", [self._leaked(suite, model) for model in self.models]))
+        lines.append(("responses never stopped", [self._never_stopped(of["stopped"].get(model))
+                                                  for model in self.models]))
       bodies.append(self._body(self.names[suite], _sizes(of["n"]), lines))
     heads = "".join(f"<th>{NAMES[model]}</th>" for model in self.models)
     return f"<div class='scroll'><table><thead><tr><th></th>{heads}</tr></thead>\n{''.join(bodies)}</table></div>\n"
@@ -160,11 +163,17 @@ class _Report:
     return f"{share(rates[attack])} <span class='soft'>{escape(shorten(attack, 40))}</span>"
 
   def _leaked(self, suite: str, model: str) -> str:
-    kept = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)]
-    if model != "saess" or not kept:
+    stopped = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)
+               and row["intervened_at"] >= 0]
+    if not stopped:
       return NONE
-    mean, low, high = scores.mean_interval(kept, "leaked")
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
+    mean, low, high = scores.mean_interval(stopped, "leaked")
+    windows = sum(row["intervened_at"] > 0 for row in stopped)
+    figure = f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{figure} <span class='soft'>of {len(stopped)} stopped, {windows} by a window</span>"
+
+  def _never_stopped(self, stopped: dict[str, float] | None) -> str:
+    return NONE if stopped is None else f"{stopped['n'] - stopped['count']} of {stopped['n']}"
 
   # ---- Figures
 
@@ -194,15 +203,16 @@ class _Report:
     lines = [
         [attack, NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), share(success[model][attack]),
          *[share(of["by_judge"][judge][model][attack]) for judge in others], str(conduct["responses"]),
-         str(conduct["empty"]), share(conduct["first_verdict"]),
-         f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}", f"{conduct['evaluations_mean']:.1f}", share(conduct["intervened"])]
+         str(conduct["empty"]), share(conduct["first_verdict"]), share(conduct["intervened"]),
+         f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}" if conduct["intervened"]["count"] else NONE,
+         f"{conduct['evaluations_mean']:.1f}"]
         for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
     heads = [
         "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
-        "responses", "empty", "first verdict", "leaked tokens mean / max", "[CLS] evaluations", "intervened"]
+        "responses", "empty", "first verdict", "intervened", "leaked tokens mean / max", "[CLS] evaluations"]
     return table(
         heads, lines, "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose "
-        "query alone was taken for malicious.")
+        "query alone was taken for malicious. Leaked: of the responses with an intervention.")
 
   def _categories(self, of: dict[str, Any]) -> str:
     model, by_category = self.defended, of["by_category"]
@@ -312,7 +322,7 @@ class _Report:
     rest = [row for row in worst if not any(row is shown for shown in each[:TRACES])]
     lines = [
         [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), f"{row['initial_prob']:.2f}",
-         f"{unnoticed(row):.2f}", str(row["leaked"])] for row in rest[:LISTED]]
+         f"{unnoticed(row):.2f}", str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] for row in rest[:LISTED]]
     if lines:
       parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
     return "".join(parts) + left_out(len(rest), len(lines), f"responses that were {self.succeeded}")

@@ -63,8 +63,9 @@ class RowBook:
         ["outcome", outcome(row, self.judge, self.safety, 600)],
         *[[f"judge {shorten(name, 60)}", _verdict(row, name)] for name in row["judgements"]],
         ["P(malicious)", self._probabilities(row)],
-        ["decoding", (f"intervened at {row['intervened_at']}" if row["intervened_at"] >= 0 else "no intervention")
-         + f", {row['leaked']} tokens leaked, {row['evaluations']} evaluations of [CLS], {len(row['tokens'])} tokens"],
+        ["decoding", (f"intervened at {row['intervened_at']}, {row['leaked']} tokens leaked"
+                      if row["intervened_at"] >= 0 else "no intervention")
+         + f", {row['evaluations']} evaluations of [CLS], {len(row['tokens'])} tokens"],
         ["sampling", ", ".join(f"{name} {value}" for name, value in row["sampling"].items())],
         ["attack's cost", f"{row['queries']} queries, {row['query_tokens']} tokens"],
         ["suite", f"{row['suite']}, index {row['index']}, attempt {row['attempt']}"],
