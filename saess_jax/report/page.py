@@ -231,9 +231,12 @@ class _Report:
          NONE if 2 * len(curve["successes"]) < curve["n"] else f"{curve['successes'][(curve['n'] - 1) // 2]:,}",
          f"{curve['spent']:,}"]
         for family, models in curves.items() for model, curve in models.items()]
+    asked = any(row["method"] == "direct" and row["label"] == 1 for row in self.rows)
     return self.drawings.html(
         figures.steps(curves), "Share of behaviors that gave way within so many queries of a model: of attacks that "
-        "differ in their number of steps alone, the cheapest that got through.") + table(
+        "differ in their number of steps alone, the cheapest that got through. " + (
+            "A behavior that gave way when it was asked directly counts at 0 queries." if asked else
+            "Nothing was asked directly here: which behaviors needed no attack is not known.")) + table(
             ["attack", "model", "gave way", "queries for half of them", "most spent on one"], lines)
 
   def _benign(self) -> str:
