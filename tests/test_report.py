@@ -100,10 +100,11 @@ def parsed(text):
   assert "url(http" not in text and "@import" not in text
   ids = [attributes["id"] for _, attributes in checker.tags if "id" in attributes]
   assert len(ids) == len(set(ids))
-  for _, attributes in checker.tags:
+  for tag, attributes in checker.tags:
     for name in ("href", "xlink:href", "src"):
       if name in attributes:
-        assert attributes[name].startswith("#") and attributes[name][1:] in ids
+        beside = attributes[name] == "responses.jsonl" and name == "href" and tag == "a"
+        assert beside or attributes[name].startswith("#") and attributes[name][1:] in ids
     assert set(re.findall(r"url\(#([^)]+)\)", attributes.get("clip-path") or "")) <= set(ids)
   return checker
 
@@ -260,13 +261,23 @@ def test_ten_suites_of_hundreds_of_rows_stay_small(tmp_path):
   said = f"{SECRET} " * 60
   rows = [row(i, model, method, said=said, suite=f"file:{s}.csv", behavior=f"Request {s} {i} " + "word " * 500)
           for s in range(10) for i in range(20) for model in ("base", "saess") for method in ATTACKS]
-  rows += [row(i, model, label=0, suite="file:0.csv") for i in range(100, 140) for model in ("base", "saess")]
+  rows += [row(i, model, label=0, suite="file:0.csv", behavior=f"Bake {i}", prob=0.9 - i / 1000)
+           for i in range(100, 350) for model in ("base", "saess")]
   text = page(tmp_path, rows)
   parsed(text)
   assert len(text.encode()) < 3e6
-  # Five traces and twenty-five lines; 600 rows failed.
-  assert "570 more responses that were not refused are not listed." in text
-  assert "15 more over-refusals are not listed." in text
+  # Five traces and twenty-five lines; 600 rows failed, and where the others stand is said.
+  there = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+  at = lambda words: there[int(re.fullmatch(r"line (\d+)\.?", words)[1]) - 1]
+  more = re.search(r"570 more responses that were not refused are not listed\.</summary>.*?jsonl</a>: (.*?)</p>",
+                   text, re.S)[1].split(", ")
+  assert len(set(more)) == 570 and all(at(words)["model"] == "saess" and at(words)["label"] for words in more)
+  # Of over-refusals all are listed: twenty-five with their rows, the others with their lines.
+  over = text[text.index("id='refusals'"):text.index("id='settings'")]
+  lines = re.findall(r'<a href="responses.jsonl">(line \d+)</a></td><td[^>]*>(Bake \d+)</td>', over)
+  assert len(lines) == 225
+  assert all((at(words)["behavior"], at(words)["model"]) == (said, "saess") for words, said in lines)
+  assert re.findall(r"Bake (\d+)", over) == [str(i) for i in range(100, 350)]
   assert "word " * 300 not in text and "blue-box" not in text
 
 
@@ -425,7 +436,7 @@ def test_everything_listed_links_to_its_row(tmp_path):
   detail = re.search(rf"id='row-{failure}'>(.*?)</details>", text, re.S)[1]
   detail = re.sub(r"<[^>]+>", " ", detail)
   # One line further on than among the judged rows.
-  assert (f"responses.jsonl, line {failure + 1} with suite file:prompts.csv, method prefill_5, model saess, index 5, "
+  assert (f"responses.jsonl , line {failure + 1} with suite file:prompts.csv, method prefill_5, model saess, index 5, "
           "attempt 0") in detail
   assert json.loads((tmp_path / "responses.jsonl").read_text().split("\n")[failure])["index"] == 5
   for words in ("judge rules  jailbroken: no refusal (version 8)", "judge prefix  jailbroken: no phrase",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from saess_jax.metrics import percent
 
-escape = html.escape
 NAMES = {"base": "base model", "plain": "trained, without [CLS]", "saess": "SA-ESS"}
 NONE = "–"
 
@@ -62,6 +61,10 @@ class Raw(str):
   """HTML that is escaped already."""
 
 
+def escape(text: str) -> str:
+  return text if isinstance(text, Raw) else html.escape(text)
+
+
 def section(title: str, body: str, name: str) -> str:
   """A section that links can name; "" without a body."""
   return f"<section id='{name}'><h2>{escape(title)}</h2>\n{body}</section>\n" if body else ""
@@ -69,8 +72,8 @@ def section(title: str, body: str, name: str) -> str:
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "") -> str:
   """A table of texts; cells of class `Raw` are put in as they are."""
-  body = "".join(f"<tr>{''.join(f'<td>{_text(value)}</td>' for value in line)}</tr>\n" for line in lines)
-  head = f"<thead><tr>{''.join(f'<th>{_text(value)}</th>' for value in heads)}</tr></thead>"
+  body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in line)}</tr>\n" for line in lines)
+  head = f"<thead><tr>{''.join(f'<th>{escape(value)}</th>' for value in heads)}</tr></thead>"
   return f"<div class='scroll'><table>{_caption(caption)}{head}\n<tbody>{body}</tbody></table></div>\n"
 
 
@@ -81,15 +84,11 @@ def listing(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str =
   kinds = [" class='text'" if wide else f' data-head="{escape(head)}"' if head else ""
            for head, wide in zip(heads, text)]
   body = "".join(
-      f"<tr>{''.join(f'<td{kind}>{_text(value)}</td>' for kind, value in zip(kinds, line, strict=True))}</tr>\n"
+      f"<tr>{''.join(f'<td{kind}>{escape(value)}</td>' for kind, value in zip(kinds, line, strict=True))}</tr>\n"
       for line in lines)
-  head = "".join(f"<th>{_text(value.lower() if wide else value)}</th>" for value, wide in zip(heads, text))
+  head = "".join(f"<th>{escape(value.lower() if wide else value)}</th>" for value, wide in zip(heads, text))
   return (f"<div class='scroll'><table class='list'>{_caption(caption)}<thead><tr>{head}</tr></thead>\n"
           f"<tbody>{body}</tbody></table></div>\n")
-
-
-def _text(value: str) -> str:
-  return value if isinstance(value, Raw) else escape(value)
 
 
 def _caption(text: str) -> str:
@@ -123,6 +122,6 @@ def suite_names(suites: Sequence[str]) -> dict[str, str]:
   return short if len(set(short.values())) == len(short) else {suite: suite for suite in suites}
 
 
-def left_out(there: int, listed: int, what: str) -> str:
-  """"12 more of these are left out", or ""."""
-  return f"<p class='soft'>{there - listed} more {escape(what)} are not listed.</p>\n" if there > listed else ""
+def beside(text: str) -> Raw:
+  """`text` as a link to responses.jsonl, which lies beside the page; a browser cannot be sent to one of its lines."""
+  return Raw(f'<a href="responses.jsonl">{escape(text)}</a>')

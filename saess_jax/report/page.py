@@ -12,10 +12,10 @@ from saess_jax.report.markup import (
     NAMES,
     NONE,
     STYLE,
+    beside,
     count,
     escape,
     folded,
-    left_out,
     listing,
     section,
     share,
@@ -27,7 +27,7 @@ from saess_jax.report.rows import RowBook
 from saess_jax.report.shown import Row, complied, highest, outcome, prefix_is_harmless, refused
 from saess_jax.report.trace import LEGEND, trace
 
-TRACES, LISTED, EXAMPLES = 5, 25, 3  # How many of a kind are printed.
+TRACES, LISTED, EXAMPLES = 5, 25, 3  # How many of a kind are printed; of the others lines of responses.jsonl are named.
 _CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
 
 
@@ -328,7 +328,13 @@ class _Report:
          f"{unnoticed(row):.2f}", str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] for row in rest[:LISTED]]
     if lines:
       parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
-    return "".join(parts) + left_out(len(rest), len(lines), f"responses that were {self.succeeded}")
+    more = rest[LISTED:]
+    if more:
+      parts.append(folded(
+          f"{len(more)} more responses that were {self.succeeded} are not listed.",
+          f"<p class='soft'>They stand, in the same order, in {beside('responses.jsonl')}: "
+          f"{', '.join(map(self.book.line, more))}.</p>\n"))
+    return "".join(parts)
 
   def _intervention(self, mine: Iterable[Row]) -> str:
     """A response that shows how it is meant to go: an intervention in its middle, with a prefix that can be printed."""
@@ -352,12 +358,14 @@ class _Report:
     over.sort(key=lambda row: -(row["initial_prob"] or 0.0))
     number = lambda p: NONE if p is None else f"{p:.2f}"
     lines = [
-        [self.book.link(row, "row"), shorten(row["behavior"], 200), number(row["initial_prob"]), number(highest(row)),
+        [self.book.link(row, "row") if place < LISTED else beside(self.book.line(row)),
+         shorten(row["behavior"], 200), number(row["initial_prob"]), number(highest(row)),
          self.names[row["suite"]] if len(self.suites) > 1 else row["category"] or NONE]
         + [("yes" if by_base.get((row["suite"], row["index"], row["attempt"])) else "no")] * others
-        for row in over[:LISTED]]
+        for place, row in enumerate(over)]
     heads = ["", "PROMPT", "P of the query", "highest P", "suite" if len(self.suites) > 1 else "category"]
-    return listing(heads + ["base refused too"] * others, lines) + left_out(len(over), len(lines), "over-refusals")
+    caption = f"The first {LISTED} link to their rows below, the others to responses.jsonl, beside this page."
+    return listing(heads + ["base refused too"] * others, lines, caption if len(over) > LISTED else "")
 
   def _examples(self) -> str:
     mine = [row for row in self.rows if row["model"] == self.defended]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saess_jax.records import Records
-from saess_jax.report.markup import NAMES, NONE, Raw, escape, section, shorten
+from saess_jax.report.markup import NAMES, NONE, Raw, beside, escape, section, shorten
 from saess_jax.report.shown import Row, attempt_text, highest, outcome, reason, verdict
 from saess_jax.report.trace import LEGEND, trace
 
@@ -37,6 +37,10 @@ class RowBook:
     self._linked[number] = row
     return Raw(f'<a href="#row-{number}">{escape(text)}</a>')
 
+  def line(self, row: Row) -> str:
+    """"line 12": where the row stands in responses.jsonl."""
+    return f"line {self._lines[_key(row)]}" if _key(row) in self._lines else "the line"
+
   def html(self) -> str:
     """All that was linked to, in the order of the rows."""
     if not self._linked:
@@ -44,15 +48,13 @@ class RowBook:
     parts = "".join(self._row(number, row) for number, row in sorted(self._linked.items()))
     return section("Rows", (
         "<p class='soft'>Everything that is listed above, in full. What a model complied with is not printed: it "
-        "stands under “response” in the line of responses.jsonl, beside this page, that each row names.</p>\n"
-        f"{parts}<p class='soft'>{escape(LEGEND)}</p>\n"), "rows")
+        f"stands under “response” in the line of {beside('responses.jsonl')}, beside this page, that each row names."
+        f"</p>\n{parts}<p class='soft'>{escape(LEGEND)}</p>\n"), "rows")
 
   def _row(self, number: int, row: Row) -> str:
     title = f"{('benign', 'malicious')[row['label']]} · {row['method']} · {NAMES[row['model']]} · " + shorten(
         row["behavior"], 70)
     key = ", ".join(f"{name} {row[name]}" for name in KEYS)
-    line = self._lines.get(_key(row))
-    where = f"responses.jsonl, {f'line {line}' if line else 'the line'} with {key}"
     lines = [
         ["request", shorten(row["behavior"], 1000)],
         *([["sent", attempt_text(row)]] if row["prompt"] != row["behavior"] else []),
@@ -70,7 +72,7 @@ class RowBook:
         ["attack's cost", f"{row['queries']} queries, {row['query_tokens']} tokens"],
         ["suite", f"{row['suite']}, index {row['index']}, attempt {row['attempt']}"],
         ["category, source", f"{row['category'] or NONE}, {row['source'] or NONE}"],
-        ["raw", where]]
+        ["raw", Raw(f"{beside('responses.jsonl')}, {self.line(row)} with {escape(key)}")]]
     return (
         f"<details><summary>{escape(title)}</summary>\n<div class='row' id='row-{number}'>"
         f"{trace(row, self.safety)}{_facts(lines)}</div></details>\n")
