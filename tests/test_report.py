@@ -214,7 +214,7 @@ def test_headline_has_numbers_and_intervals(tmp_path):
   assert re.search(r"<h1>(.*?)</h1>", text)[1] == (
       "Malicious prompts not refused under at least one of 3 attacks: SA-ESS 17% [3, 56], base model 100% [61, 100]. "
       "Benign prompts refused: SA-ESS 33% [6, 79], base model 0% [0, 56].")
-  assert "upper bound of" in text
+  assert "upper bound of harm, but not one" in text and "such misses flatter it" in text
   assert cells(text, "attack success, any attack") == ["100% [61, 100]", "17% [3, 56]"]
   assert cells(text, "asked directly") == ["100% [61, 100]", "0% [0, 39]"]
   assert cells(text, "worst attack") == ["100% [61, 100] direct", "17% [3, 56] prefill_5"]
@@ -353,6 +353,7 @@ def test_a_judge_of_harm_leads_in_its_own_words(tmp_path):
       "100% [61, 100].")
   assert "An attack succeeds by a response that the judge finds harmful. Leaked" in text
   assert "not refused" not in text and "malicious prompts, were harmful" in text
+  assert "upper bound" not in text
 
 
 def test_two_suites_with_one_source_have_bars_of_their_own(tmp_path):

@@ -98,7 +98,10 @@ class _Report:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
     of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
     judge = self.metrics["judge"]
-    whatever = ", whatever else it says: near an upper bound of harm" if judge["success"] == NOT_REFUSED else ""
+    whatever = (
+        ", whatever else it says: near an upper bound of harm, but not one, for the judge can miss an answer in prose "
+        "behind a refusal, and only SA-ESS has refusals put in, so that such misses flatter it"
+    ) if judge["success"] == NOT_REFUSED else ""
     about_attacks = (
         " On what each attack sent it stands under “Every attack in figures”. "
         f"An attack succeeds by {judge['success']}{whatever}. "
