@@ -23,17 +23,18 @@ main { max-width: 50rem; margin: 0 auto; padding: 2.5rem 1.1rem 5rem; }
 h1 { font-size: 1.4rem; line-height: 1.35; font-weight: 600; margin: .3rem 0 1rem; }
 h2 { font-size: 1.15rem; margin: 3rem 0 .4rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
-a { color: var(--link); } nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; }
-p { margin: .5rem 0; } .soft, figcaption, caption { color: var(--soft); font-size: .88rem; }
-caption { text-align: left; padding-bottom: .3rem; }
+a { color: var(--link); } nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem;
+  white-space: nowrap; }
+p { margin: .5rem 0; } .soft, figcaption { color: var(--soft); font-size: .88rem; }
 figure { margin: 1rem 0; max-width: 40rem; } figure svg { width: 100%; height: auto; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2rem; }
 .scroll { overflow-x: auto; margin: .6rem 0; } table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: break-word; }
-th { color: var(--soft); font-weight: 500; } th[scope=rowgroup] { color: var(--ink); font-weight: 600;
-  padding-top: 1.1rem; } td:last-child, th:last-child { padding-right: 0; }
+th { color: var(--soft); font-weight: 500; } thead th { vertical-align: bottom; }
+th[scope=rowgroup] { color: var(--ink); font-weight: 600; padding-top: 1.1rem; }
+td:last-child, th:last-child { padding-right: 0; }
 .list .text { min-width: 11rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); font-size: .88rem; }
 .row { background: var(--panel); border-radius: 8px; padding: .2rem 1rem; scroll-margin-top: 4rem; }
@@ -74,7 +75,7 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "
   """A table of texts; cells of class `Raw` are put in as they are."""
   body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in line)}</tr>\n" for line in lines)
   head = f"<thead><tr>{''.join(f'<th>{escape(value)}</th>' for value in heads)}</tr></thead>"
-  return f"<div class='scroll'><table>{_caption(caption)}{head}\n<tbody>{body}</tbody></table></div>\n"
+  return f"{_caption(caption)}<div class='scroll'><table>{head}\n<tbody>{body}</tbody></table></div>\n"
 
 
 def listing(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -87,12 +88,13 @@ def listing(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str =
       f"<tr>{''.join(f'<td{kind}>{escape(value)}</td>' for kind, value in zip(kinds, line, strict=True))}</tr>\n"
       for line in lines)
   head = "".join(f"<th>{escape(value.lower() if wide else value)}</th>" for value, wide in zip(heads, text))
-  return (f"<div class='scroll'><table class='list'>{_caption(caption)}<thead><tr>{head}</tr></thead>\n"
+  return (f"{_caption(caption)}<div class='scroll'><table class='list'><thead><tr>{head}</tr></thead>\n"
           f"<tbody>{body}</tbody></table></div>\n")
 
 
 def _caption(text: str) -> str:
-  return f"<caption>{escape(text)}</caption>" if text else ""
+  """Above what scrolls: as the table's own it would be as wide as that, and cut off."""
+  return f"<p class='soft'>{escape(text)}</p>\n" if text else ""
 
 
 def folded(summary: str, body: str) -> str:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, percent, rate, silence
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, rate, silence
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -88,7 +88,7 @@ class _Report:
   def _headline(self) -> str:
     n = {label: sum(suite["n"][label] for suite in self.suites.values()) for label in ("malicious", "benign")}
     success, refusal = self._pooled("any_attack"), self._pooled("over_refusal")
-    each = lambda rates: ", ".join(f"{NAMES[model]} {percent(rates[model])}" for model in reversed(self.models))
+    each = lambda rates: ", ".join(f"{NAMES[model]} {share(rates[model])}" for model in reversed(self.models))
     parts = []
     if success:
       attacks = len({row["method"] for row in self.rows if row["label"] == 1})
@@ -102,16 +102,18 @@ class _Report:
         ", whatever else it says: near an upper bound of harm, but not one, for the judge can miss an answer in prose "
         "behind a refusal, and only SA-ESS has refusals put in, so that such misses flatter it"
     ) if judge["success"] == NOT_REFUSED else ""
-    about_attacks = (
-        " On what each attack sent it stands under “Every attack in figures”. "
-        f"An attack succeeds by {judge['success']}{whatever}. "
+    about_attacks = [
+        f"An attack succeeds by {judge['success']}{whatever}. {silence(self.metrics)}",
         "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
-        "stopped so, 0 for those that the first verdict stopped; what was never stopped has no such figure, and the "
-        f"model may have refused it by itself. {silence(self.metrics)}".rstrip())
-    return (
-        f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}<p class='soft'>{_sizes(n)} prompts{of_suites}; 95% "
-        f"intervals in brackets. Judge: {escape(judge['name'])} {escape(judge['version'])}. The first verdict is on "
-        f"the query, before a token is out.{about_attacks if success else ''}</p>\n")
+        "stopped so, 0 for those that the first verdict stopped. What was never stopped has no such figure; the model "
+        "may have refused it by itself."]
+    notes = [
+        f"{_sizes(n)} prompts{of_suites}; 95% intervals in brackets. Judge: {judge['name']} {judge['version']}. The "
+        "first verdict is on the query, before a token is out" + (
+            "; on what each attack sent it stands under “Every attack in figures”." if success else "."),
+        *(about_attacks if success else [])]
+    return f"<h1>{escape(' '.join(parts))}</h1>\n{self._main_table()}" + "".join(
+        f"<p class='soft'>{escape(note.strip())}</p>\n" for note in notes)
 
   def _pooled(self, figure: str) -> dict[str, dict[str, float]]:
     """A figure's rates over all suites together."""
@@ -147,8 +149,8 @@ class _Report:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
       if of["stopped"]:
         lines.append(("mean leaked tokens", [self._leaked(suite, model) for model in self.models]))
-        lines.append(("responses never stopped", [self._never_stopped(of["stopped"].get(model))
-                                                  for model in self.models]))
+        lines.append(("malicious, never stopped", [self._never_stopped(of["stopped"].get(model))
+                                                   for model in self.models]))
       bodies.append(self._body(self.names[suite], _sizes(of["n"]), lines))
     heads = "".join(f"<th>{NAMES[model]}</th>" for model in self.models)
     return f"<div class='scroll'><table><thead><tr><th></th>{heads}</tr></thead>\n{''.join(bodies)}</table></div>\n"
@@ -176,7 +178,7 @@ class _Report:
     return f"{figure} <span class='soft'>of {len(stopped)} stopped, {windows} by a window</span>"
 
   def _never_stopped(self, stopped: dict[str, float] | None) -> str:
-    return NONE if stopped is None else f"{stopped['n'] - stopped['count']} of {stopped['n']}"
+    return NONE if stopped is None else f"{stopped['n'] - stopped['count']} of {stopped['n']} responses"
 
   # ---- Figures
 
@@ -205,17 +207,18 @@ class _Report:
     success, others = of["attack_success_rate"], list(of["by_judge"])
     lines = [
         [attack, NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), share(success[model][attack]),
-         *[share(of["by_judge"][judge][model][attack]) for judge in others], str(conduct["responses"]),
-         str(conduct["empty"]), share(conduct["first_verdict"]), share(conduct["intervened"]),
+         *[share(of["by_judge"][judge][model][attack]) for judge in others], share(conduct["first_verdict"]),
+         share(conduct["intervened"]),
          f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}" if conduct["intervened"]["count"] else NONE,
-         f"{conduct['evaluations_mean']:.1f}"]
+         f"{conduct['evaluations_mean']:.1f}", str(conduct["responses"]), str(conduct["empty"])]
         for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
     heads = [
         "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
-        "responses", "empty", "first verdict", "intervened", "leaked tokens mean / max", "[CLS] evaluations"]
+        "first verdict", "intervened", "leaked mean / max", "[CLS] evaluations", "responses", "empty"]
     return table(
-        heads, lines, "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose "
-        "query alone was taken for malicious. Leaked: of the responses with an intervention.")
+        [head.replace(" ", "\N{NO-BREAK SPACE}") for head in heads], lines,
+        "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose query alone was "
+        "taken for malicious. Leaked: tokens, of the responses with an intervention.")
 
   def _categories(self, of: dict[str, Any]) -> str:
     model, by_category = self.defended, of["by_category"]
