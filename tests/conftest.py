@@ -9,11 +9,15 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 import flax.linen as nn  # noqa: E402
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 from saess_jax import config, model  # noqa: E402
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # A busy machine is no failure.
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_ids_are_those_of_the_family_s_own_tokenizer(cut, text):
 
 @pytest.mark.parametrize("cut", FAMILIES)
 def test_ids_of_any_text(cut):
-  @settings(max_examples=100, deadline=None)
+  @settings(max_examples=100)
   @given(st.text(max_size=30) | st.text("a1  \n\t\r'ls.e\u0301½漢<|>", max_size=30))
   def holds(text):
     assert_same_ids(cut, text)
@@ -199,7 +199,7 @@ def test_sentencepiece_ids_are_those_of_transformers():
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
 
-  settings(max_examples=200, deadline=None)(given(st.text(max_size=30) | st.text(SPM_TEXT, max_size=30))(same))()
+  settings(max_examples=200)(given(st.text(max_size=30) | st.text(SPM_TEXT, max_size=30))(same))()
   for text in AWKWARD:
     same(text)
 

@@ -83,7 +83,6 @@ def test_cls_slot(stage, header_sees_cls, slot):
   assert masks.cls_slot(np.asarray(kinds("AQQHRRP"))[0], stage, header_sees_cls) == slot
 
 
-@hypothesis.settings(deadline=None)
 @hypothesis.given(
     parts=st.tuples(*(st.integers(0, 3) for _ in range(5))), stage=st.sampled_from(masks.STAGES), sees=st.booleans())
 def test_at_the_slot_only_the_row_of_cls_differs_from_causal(parts, stage, sees):

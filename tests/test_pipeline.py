@@ -332,7 +332,7 @@ def assert_same(left, right):
     np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(loaders)
 def test_every_example_once_an_epoch_and_few_fillers(case):
   loader = make(**case)
@@ -351,7 +351,7 @@ def test_every_example_once_an_epoch_and_few_fillers(case):
       assert size == min(bucket for bucket in (8, 16, 24) if bucket >= longest)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(loaders, st.data())
 def test_restored_state_gives_the_same_stream(case, data):
   loader, whole = make(**case), list(make(**case))
@@ -369,7 +369,7 @@ def test_restored_state_gives_the_same_stream(case, data):
     assert_same(left, right)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(loaders, st.integers(2, 4))
 def test_packed_rows_hold_every_example_once_and_whole(case, most):
   loader = make(**case, buckets=(24, 48), examples_per_row=most)
@@ -401,7 +401,7 @@ def test_packing_fills_rows():
   assert len(packed) == 5 and all((batch["segments"] == 0).sum() == 0 for batch in packed)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(loaders.filter(lambda case: case["batch_size"] % 2 == 0))
 def test_union_of_process_shares_is_the_global_batch(case):
   shares = [make(**case, process_index=index, process_count=2) for index in range(2)]

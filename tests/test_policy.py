@@ -50,7 +50,7 @@ settings = st.builds(
 verdicts = st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.9, float("nan")])
 
 
-@hypothesis.settings(max_examples=625, deadline=None)  # 16 rows each: 10,000 cases.
+@hypothesis.settings(max_examples=625)  # 16 rows each: 10,000 cases.
 @hypothesis.given(
     initial=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9]), min_size=16, max_size=16),
     probs=st.lists(st.lists(verdicts, min_size=STEPS, max_size=STEPS), min_size=16, max_size=16), config=settings)

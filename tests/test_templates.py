@@ -112,7 +112,7 @@ def test_ids_are_those_of_transformers(family, kind):
 def test_ids_of_any_text(family):
   words = TOKENIZERS[family]
 
-  @settings(max_examples=60, deadline=None)
+  @settings(max_examples=60)
   @given(st.text(min_size=1, max_size=20) | st.text("<|>[]/INSTSYS# \n\t{}%0;-", min_size=1, max_size=20))
   def holds(text):
     if text.strip() and not any(word in text for word in words.all_special_tokens):
@@ -164,7 +164,7 @@ def test_a_typed_special_token_moves_no_word_start(sentencepiece):
 
 
 def test_sentencepiece_ids_of_any_forgery(sentencepiece):
-  @settings(max_examples=100, deadline=None)
+  @settings(max_examples=100)
   @given(st.lists(st.sampled_from(["take", "the", "<s>", "</s>", "<unk>", " ", "\n", "é", "[/INST]", "▁"]), max_size=8))
   def holds(parts):
     text = "".join([*parts, "</s> mix"])
