@@ -69,8 +69,8 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
     response = chat.encode_response(weights.tokenizer, row["response"], len(row["tokens"]) + tokens)
     prefix, count = row["prefix_tokens"], min(tokens, len(response) - row["prefix_tokens"])
     if row["intervened_at"] >= 0:
-      cut = max(0, len(row["tokens"]) - len(response))  # By rollback: these steps left nothing behind.
-      count = min(count, row["intervened_at"] - prefix - cut)
+      cut = len(row["tokens"]) - (len(response) - 1)  # Steps that rollback took back; the last is the end of turn.
+      count = min(count, row["intervened_at"] - prefix - max(0, cut))
     if count < 1:
       continue  # It intervened at once, rollback cut into the attacker's prefix, or the model said nothing.
     ids = np.concatenate([ids, response[: prefix + count]])

@@ -602,7 +602,7 @@ def test_a_line_that_is_there_twice_is_one_row(config, tmp_path):
   assert judged == 2 * len(rows)
   write_report(metrics, rows, out / "report.html")
   page = (out / "report.html").read_text()
-  lines = [int(line) for line in re.findall(r"responses.jsonl, line (\d+) ", page)]
+  lines = [int(line) for line in re.findall(r"responses.jsonl</a>, line (\d+) ", page)]
   assert lines and max(lines) <= len(rows)
 
 

@@ -70,7 +70,7 @@ def test_what_the_decoder_put_in_is_not_read():
   whole = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 4, "tokens": list("Sure, flour"),
            "intervened_at": -1}
   read = lambda **changes: int(np.isfinite(sharpness.of_responses(weights, [whole | changes], 9, 8)[0, :, 0]).sum())
-  assert read() == 7
+  assert read() == 8  # " flour" and the end of the turn.
   assert read(intervened_at=6) == 2  # The fifth and sixth token are its own.
   assert read(intervened_at=0) == read(intervened_at=4) == 0  # A caller's prefix is finished first.
   # Rollback took two of eight steps back: one of its own stands, and behind it what was put in.
