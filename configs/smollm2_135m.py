@@ -32,7 +32,7 @@ WEIGHTS = TrainConfig(
     matmul_dtype="bfloat16",
     data=DataConfig(
         max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
-        max_length=160, max_response=40, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
+        opener_depth=40, max_length=160, max_response=40, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
     rollouts=RolloutConfig(max_prompts=1920, tokens=24, batch_size=64),
     probes=ProbeConfig(min_window=1, benign_weight=6.0),
     # Two thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
