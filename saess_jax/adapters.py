@@ -252,10 +252,38 @@ def weaken(adapter: Adapter, strength: float) -> Adapter:
   Raises:
     ValueError: not 0 < strength <= 1.
   """
-  if not 0 < strength <= 1:
-    raise ValueError(f"strength is {strength}; expected more than 0 (the base) and at most 1 (all that was learned).")
+  _check_strength(strength)
   part = lambda path, leaf: leaf * np.float32(strength) if path[-1].key == "b" else leaf
   return dataclasses.replace(adapter, lora=jax.tree_util.tree_map_with_path(part, adapter.lora))
+
+
+def between(start: Adapter, adapter: Adapter, strength: float) -> Adapter:
+  """The adapter part of the way from `start`, where its run began (`lora.start`), to itself: pairs and [CLS] alike.
+
+  The mean is one of pairs, not of their products; they are close to each other where one was trained on from the other.
+
+  Raises:
+    ValueError: not 0 < strength <= 1; the two have other bases, or pairs of other projections or ranks.
+  """
+  _check_strength(strength)
+  shapes = [jax.tree.map(np.shape, part.lora) for part in (start, adapter)]
+  if start.fingerprint != adapter.fingerprint or shapes[0] != shapes[1]:
+    raise ValueError(
+        f"start is an adapter of {start.base} with pairs of rank {_rank(start)}, and the run's of {adapter.base}, rank "
+        f"{_rank(adapter)}; expected the one that the run went on from (lora.start).")
+  mean = lambda a, b: (np.float32(1 - strength) * a + np.float32(strength) * b).astype(np.float32)
+  return dataclasses.replace(
+      adapter, lora=jax.tree.map(mean, start.lora, adapter.lora), cls=jax.tree.map(mean, start.cls, adapter.cls))
+
+
+def _rank(adapter: Adapter) -> int:
+  return max(leaf.shape[-1] for path, leaf in flax.traverse_util.flatten_dict(adapter.lora).items() if path[-1] == "a")
+
+
+def _check_strength(strength: float) -> None:
+  if not 0 < strength <= 1:
+    raise ValueError(
+        f"strength is {strength}; expected more than 0 (where it begins) and at most 1 (all that was learned).")
 
 
 def merge_lora(params: Any, lora: Any) -> Any:

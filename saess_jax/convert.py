@@ -78,10 +78,17 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   return f"{said}\n{compare(ours, exported, what)}"
 
 
-def to_adapter(source: str, file: str, step: int | None, dtype: str, rank: int, strength: float) -> str:
-  """A run -> an adapter. Returns what there is to say; errors as `read_adapter`, `adapters.weaken` and `save`."""
+def to_adapter(
+    source: str, file: str, step: int | None, dtype: str, rank: int, strength: float, start: str | None) -> str:
+  """A run -> an adapter. Returns what there is to say; errors as `read_adapter`, `adapters.weaken`, `between`, `save`.
+
+  Args:
+    start: an adapter's file, from which `strength` counts in place of the base.
+  """
   staging.refuse_existing(file)
-  adapter = adapters.weaken(checkpoint.read_adapter(source, step, rank), strength)
+  before = adapters.load(start) if start else None
+  adapter = checkpoint.read_adapter(source, step, rank)
+  adapter = adapters.between(before, adapter, strength) if before else adapters.weaken(adapter, strength)
   adapters.save(file, adapter, dtype)
   return f"{file}: {pathlib.Path(file).stat().st_size / 1e6:.1f} MB in {dtype}, for {adapter.base}."
 
@@ -213,13 +220,15 @@ def main(argv: list[str] | None = None) -> None:
   command.add_argument("--rank", type=int, default=0, help="for a run that trained all weights: what is kept of them")
   command.add_argument(
       "--strength", type=float, default=1.0, help="above 0, at most 1: how far from the base to what it learned")
+  command.add_argument("--start", help="the adapter that the run went on from: --strength counts from there")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:
     if options.command == "inspect":
       print(as_text(options.source, describe(options.source)))
     elif options.command == "run2adapter":
-      print(to_adapter(options.source, options.file, options.step, options.dtype, options.rank, options.strength))
+      print(to_adapter(
+          options.source, options.file, options.step, options.dtype, options.rank, options.strength, options.start))
     elif options.command == "orbax2hf":
       print(to_hf(options.source, options.folder, options.step, options.check))
     else:

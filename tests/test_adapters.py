@@ -295,8 +295,24 @@ def test_half_an_adapter_is_halfway_from_the_base(params):
   jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, (b + c) / 2, atol=1e-6), half, params, full)
   assert adapters.weaken(adapter, 0.5).cls is adapter.cls
   for strength in (0.0, 1.5, float("nan")):
-    with pytest.raises(ValueError, match=f"strength is {strength}; expected more than 0 .the base. and at most 1"):
+    with pytest.raises(ValueError, match=f"strength is {strength}; expected more than 0 .where it begins. and at"):
       adapters.weaken(adapter, strength)
+
+
+def test_part_of_the_way_from_where_a_run_began():
+  start = make()
+  end = dataclasses.replace(make(), **jax.tree.map(lambda x: x + 1, {"lora": start.lora, "cls": start.cls}),
+                            safety=SafetyConfig(tau=5))
+  third = adapters.between(start, end, 0.25)
+  for part in ("lora", "cls"):
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(c, 0.75 * a + 0.25 * b, atol=1e-6),
+                 *(getattr(adapter, part) for adapter in (start, end, third)))
+  assert third.safety == end.safety
+  with pytest.raises(ValueError, match="strength is 0; expected more than 0 .where it begins."):
+    adapters.between(start, end, 0)
+  for other in (dataclasses.replace(start, fingerprint="another"), make(rank=2), make(projections=("q",))):
+    with pytest.raises(ValueError, match=r"start is an adapter of \S+ with pairs of rank .* expected the one that"):
+      adapters.between(other, end, 0.5)
 
 
 def test_the_adapter_that_ships():
