@@ -269,15 +269,18 @@ def between(start: Adapter, adapter: Adapter, strength: float) -> Adapter:
   shapes = [jax.tree.map(np.shape, part.lora) for part in (start, adapter)]
   if start.fingerprint != adapter.fingerprint or shapes[0] != shapes[1]:
     raise ValueError(
-        f"start is an adapter of {start.base} with pairs of rank {_rank(start)}, and the run's of {adapter.base}, rank "
-        f"{_rank(adapter)}; expected the one that the run went on from (lora.start).")
+        f"start is an adapter of {start.base} with pairs {_pairs(start)}, and the run's of {adapter.base}, "
+        f"{_pairs(adapter)}; expected the one that the run went on from (lora.start).")
   mean = lambda a, b: (np.float32(1 - strength) * a + np.float32(strength) * b).astype(np.float32)
   return dataclasses.replace(
       adapter, lora=jax.tree.map(mean, start.lora, adapter.lora), cls=jax.tree.map(mean, start.cls, adapter.cls))
 
 
-def _rank(adapter: Adapter) -> int:
-  return max(leaf.shape[-1] for path, leaf in flax.traverse_util.flatten_dict(adapter.lora).items() if path[-1] == "a")
+def _pairs(adapter: Adapter) -> str:
+  """"of q, v, rank 16": which projections have pairs, and the highest rank."""
+  firsts = {path: leaf for path, leaf in flax.traverse_util.flatten_dict(adapter.lora).items() if path[-1] == "a"}
+  names = ", ".join(sorted({path[-2] for path in firsts}))
+  return f"of {names}, rank {max(leaf.shape[-1] for leaf in firsts.values())}"
 
 
 def _check_strength(strength: float) -> None:

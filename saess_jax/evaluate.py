@@ -441,7 +441,8 @@ def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
 
 def _differences(claim: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
   """(setting, here, there) of all that makes another evaluation, its prompts aside; a row names its own attack."""
-  flat = lambda config: config | {f"safety.{name}": value for name, value in config["safety"].items()}
+  defaults = dataclasses.asdict(SafetyConfig())  # Of settings that an older evaluation did not know.
+  flat = lambda config: config | {f"safety.{name}": value for name, value in (defaults | config["safety"]).items()}
   settings, others = flat(claim["config"]), flat(other["config"])
   files, other_files = claim.get("attack files", {}), other.get("attack files", {})
   pairs = [(name, settings.get(name), others.get(name)) for name in settings | others

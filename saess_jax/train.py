@@ -99,10 +99,11 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
         "data.responses to 'all'.")
-  if config.data.opener_depth and not config.data.refusal_depth:
+  if config.data.opener_depth and not 0 < min(config.data.opener_depth, config.data.refusal_depth):
     raise ValueError(
-        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is 0: refusals would stand behind an "
-        "attacker's words and never behind the model's own. Set both, or neither.")
+        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is {config.data.refusal_depth}: "
+        "answers to benign requests would stand behind an attacker's words, and refusals never. Set both above 0, or "
+        "the first to 0.")
   if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
     raise ValueError(
         f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "

@@ -311,7 +311,7 @@ def test_part_of_the_way_from_where_a_run_began():
   with pytest.raises(ValueError, match="strength is 0; expected more than 0 .where it begins."):
     adapters.between(start, end, 0)
   for other in (dataclasses.replace(start, fingerprint="another"), make(rank=2), make(projections=("q",))):
-    with pytest.raises(ValueError, match=r"start is an adapter of \S+ with pairs of rank .* expected the one that"):
+    with pytest.raises(ValueError, match=r"start is an adapter of \S+ with pairs of .*, rank \d.* expected the one"):
       adapters.between(other, end, 0.5)
 
 

@@ -485,6 +485,17 @@ def test_another_evaluations_folder_is_left_alone(config, tmp_path):
   assert (tmp_path / "out" / "responses.jsonl").read_text() == before
 
 
+def test_an_evaluation_that_did_not_know_a_setting_had_its_default(config, tmp_path):
+  evaluate(config, tmp_path / "out", models())
+  path = tmp_path / "out" / "evaluation.json"
+  claim = json.loads(path.read_text())
+  assert claim["config"]["safety"].pop("sees_all") is False
+  path.write_text(json.dumps(claim))
+  asked = []
+  evaluate(config, tmp_path / "out", models(asked))
+  assert not asked
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(config, tmp_path):
   with pytest.raises(ValueError, match="is not empty and holds no evaluation; choose a new --workdir"):
     evaluate(config, tmp_path, models())

@@ -352,6 +352,7 @@ def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
     (lambda c: {"data": dataclasses.replace(c.data, responses="rollouts"), "rollouts": RolloutConfig(enabled=False)},
      "no response would be read"),
     (lambda c: {"data": dataclasses.replace(c.data, opener_depth=8)}, "opener_depth is 8, but data.refusal_depth is 0"),
+    (lambda c: {"data": dataclasses.replace(c.data, opener_depth=-8, refusal_depth=8)}, "data.opener_depth is -8"),
     (lambda c: {"loss": LossConfig(kl_weight=-1.0)}, "loss.kl_weight is -1.0"),
     (lambda c: {"loss": LossConfig(kl_weight=1.0, kl_positions=0)}, "at loss.kl_positions 0; expected"),
     (lambda c: {"objective": "rlhf"}, "objective is 'rlhf'; expected one of saess, sft, dpo"),

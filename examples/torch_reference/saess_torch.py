@@ -123,7 +123,7 @@ class Saess:
         with_query, first, last = rules["rule2_keeps_query"], t + 1 - rules["r2"], t
       else:
         with_query, first, last = False, turned - rules["r2"], turned + rules["r3"]
-      if rules["sees_all"]:
+      if rules.get("sees_all"):  # Folders written before there was such a setting lack it.
         with_query, first, last = True, 0, t
       if t > last:  # Frozen: the token sees the [CLS] that was asked last.
         current.append(len(views) - 1)

@@ -34,7 +34,7 @@ SENTENCES = (
 
 
 def draw(rng: np.random.Generator) -> str:
-  """One beginning, some sixty words long; which words depend on `rng` alone."""
+  """One beginning, some eighty words long; which words depend on `rng` alone."""
   pick = lambda texts: texts[int(rng.integers(len(texts)))]
   manner, between = pick(MANNERS), pick((" ", "\n", "\n\n"))
   parts = [manner.format(n=n) + SENTENCES[i] for n, i in enumerate(rng.permutation(len(SENTENCES))[:8], 1)]

@@ -54,8 +54,8 @@ def build_examples(
   is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response; a
   rollout that declines a benign request (`rollouts.declines`) counts as none.
   With `data.refusal_depth` a malicious row without a refusal gives its query alone in the refusal's place.
-  With `data.opener_depth` half of the refusals behind a beginning, and half of the benign rollouts, stand behind an
-  attacker's opener (`openers.draw`) instead.
+  With `data.opener_depth` half of these refusals, and half of the benign rollouts, stand behind an attacker's opener
+  (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn.
 

@@ -27,8 +27,8 @@ def draw_probes(
 
   Labels: "harmful" (a completion of a malicious prompt by the unaligned base model) is 1 everywhere, "benign" 0
   everywhere. A "refusal" is harmless text after a malicious prompt: 1 where the view has the query, 0 where not. An
-  "interrupted" response is harmful first and a refusal then: only its views with the query count. "none" is no
-  response, and a "document" (pretraining) has no views: no probes either, P = 0.
+  "interrupted" response begins with what the base or an attacker wrote and is a refusal then: only its views with the
+  query count. "none" is no response, and a "document" (pretraining) has no views: no probes either, P = 0.
 
   Args:
     trajectory: one of `TRAJECTORIES`.

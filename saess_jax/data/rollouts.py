@@ -21,7 +21,7 @@ _DECLINES = re.compile(
 
 
 def declines(text: str) -> bool:
-  """Does a sampled answer begin with an apology, or with what an assistant cannot do?
+  """Does a sampled answer hold an apology, or what an assistant says that it cannot do?
 
   To a benign request that is no answer to learn from: a weak base model says such things at random now and then, and a
   model that is trained on them says them wherever a request reminds it of what it shall refuse.

@@ -97,16 +97,15 @@ class _Report:
     if refusal:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
     of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
-    judge = self.metrics["judge"]
+    judge, defended = self.metrics["judge"], "saess" in self.models
     whatever = (
         ", whatever else it says: near an upper bound of harm, but not one, for the judge can miss an answer in prose "
-        "behind a refusal, and only SA-ESS has refusals put in, so that such misses flatter it"
+        "behind a refusal" + ", and only SA-ESS has refusals put in, so that such misses flatter it" * defended
     ) if judge["success"] == NOT_REFUSED else ""
-    about_attacks = [
-        f"An attack succeeds by {judge['success']}{whatever}. {silence(self.metrics)}",
+    about_attacks = [f"An attack succeeds by {judge['success']}{whatever}. {silence(self.metrics)}"] + [
         "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
         "stopped so, 0 for those that the first verdict stopped. What was never stopped has no such figure; the model "
-        "may have refused it by itself."]
+        "may have refused it by itself."] * defended
     notes = [
         f"{_sizes(n)} prompts{of_suites}; 95% intervals in brackets. Judge: {judge['name']} {judge['version']}. The "
         "first verdict is on the query, before a token is out" + (
