@@ -306,7 +306,7 @@ def test_models_without_cls_alone(tmp_path):
   without = dict(initial_prob=None, cls_prob=[None], phase=["none"], tokens=["x"], intervened_at=-1)
   rows = [row(i, model, said="Step one: take it.") | without for i in range(12) for model in ("base", "plain")]
   text = page(tmp_path, rows, EvalConfig(attacks=("direct",), models=("base", "plain")))
-  assert "refusals put in" not in text and "Leaked:" not in text  # By nobody here.
+  assert "refusals put in" not in text and "Leaked: tokens from" not in text  # By nobody here.
   parsed(text)
   assert "trained, without [CLS]" in text
 
