@@ -86,9 +86,8 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
   return found
 
 
-def _check_evaluated(evaluation: str, checkpoint: str, identity: str) -> None:
-  """Raises ValueError unless it was this checkpoint that gave the responses of `evaluation`."""
-  claim = evaluate.read_claim(evaluation)
+def _check_evaluated(evaluation: str, claim: dict[str, Any], checkpoint: str, identity: str) -> None:
+  """Raises ValueError unless it was this checkpoint that gave the responses of `evaluation`, by its claim."""
   there = claim["config"]["checkpoint"]
   if (there, claim["models"]) != (checkpoint, identity):
     raise ValueError(
@@ -105,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--k", type=int, default=10, help="likeliest tokens")
   options = parser.parse_args(argv)
   try:
-    models = evaluate.load_models(EvalConfig(
-        checkpoint=options.checkpoint, models=tuple(evaluate.read_claim(options.evaluation)["config"]["models"])))
-    _check_evaluated(options.evaluation, options.checkpoint, models.identity)
+    claim = evaluate.read_claim(options.evaluation)
+    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(claim["config"]["models"])))
+    _check_evaluated(options.evaluation, claim, options.checkpoint, models.identity)
     rows = evaluate.read_results(options.evaluation)
     if not rows:
       raise ValueError(f"{options.evaluation} holds no judged responses yet; let its evaluation (eval.py) end.")

@@ -108,7 +108,7 @@ def build_examples(
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
-      opener = _opener(tokenizer, config, rng) if config.data.refusal_depth else rollout[:0]
+      opener = _opener(tokenizer, config, rng)
       before, refusal = _refusal(tokenizer, row, opener if len(opener) else rollout[:depth], config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
