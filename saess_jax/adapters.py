@@ -77,6 +77,16 @@ def fingerprint(params: Any) -> str:
   return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_target(path: str | pathlib.Path, dtype: str) -> pathlib.Path:
+  """The file that `save` would write. Raises its errors of `path` and `dtype`, before there is an adapter."""
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != ".safetensors" or dtype not in DTYPES:
+    raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
+  if path.exists():
+    raise FileExistsError(f"{path} exists; choose another name, or delete it.")
+  return path
+
+
 def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> None:
   """Writes one file, whole or not at all.
 
@@ -89,11 +99,7 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
     FileExistsError: `path` exists.
     ValueError: another ending or dtype; a schedule as an array.
   """
-  path = pathlib.Path(path).expanduser()
-  if path.suffix != ".safetensors" or dtype not in DTYPES:
-    raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
-  if path.exists():
-    raise FileExistsError(f"{path} exists; choose another name, or delete it.")
+  path = check_target(path, dtype)
   settings = {"format": 1, "safety": dataclasses.asdict(adapter.safety), "base": adapter.base,
               "sizes": adapter.sizes, "fingerprint": adapter.fingerprint, "layout": adapter.layout}
   if not isinstance(adapter.safety.schedule, str):
@@ -252,7 +258,7 @@ def weaken(adapter: Adapter, strength: float) -> Adapter:
   Raises:
     ValueError: not 0 < strength <= 1.
   """
-  _check_strength(strength)
+  check_strength(strength)
   part = lambda path, leaf: leaf * np.float32(strength) if path[-1].key == "b" else leaf
   return dataclasses.replace(adapter, lora=jax.tree_util.tree_map_with_path(part, adapter.lora))
 
@@ -265,7 +271,7 @@ def between(start: Adapter, adapter: Adapter, strength: float) -> Adapter:
   Raises:
     ValueError: not 0 < strength <= 1; the two have other bases, or pairs of other projections or ranks.
   """
-  _check_strength(strength)
+  check_strength(strength)
   shapes = [jax.tree.map(np.shape, part.lora) for part in (start, adapter)]
   if start.fingerprint != adapter.fingerprint or shapes[0] != shapes[1]:
     raise ValueError(
@@ -283,7 +289,8 @@ def _pairs(adapter: Adapter) -> str:
   return f"of {names}, rank {max(leaf.shape[-1] for leaf in firsts.values())}"
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+  """Raises ValueError: not 0 < strength <= 1."""
   if not 0 < strength <= 1:
     raise ValueError(
         f"strength is {strength}; expected more than 0 (where it begins) and at most 1 (all that was learned).")

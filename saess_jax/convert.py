@@ -85,7 +85,8 @@ def to_adapter(
   Args:
     start: an adapter's file, from which `strength` counts in place of the base.
   """
-  staging.refuse_existing(file)
+  adapters.check_target(file, dtype)
+  adapters.check_strength(strength)
   before = adapters.load(start) if start else None
   adapter = checkpoint.read_adapter(source, step, rank)
   adapter = adapters.between(before, adapter, strength) if before else adapters.weaken(adapter, strength)

@@ -323,3 +323,13 @@ def test_the_adapter_that_ships():
   leaves = flat(adapter.lora)
   assert len(leaves) == 2 * 7 * 30 and {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith("/a")} == {32}
   assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("name, strength, message", [
+    ("a.bin", "1", "expected a name that ends in .safetensors"), ("a.safetensors", "0", "strength is 0.0; expected"),
+    ("there.safetensors", "1", "there.safetensors exists; choose another name")])
+def test_what_is_to_be_written_is_checked_before_a_run_is_read(tmp_path, capsys, name, strength, message):
+  (tmp_path / "there.safetensors").touch()
+  with pytest.raises(SystemExit):
+    convert.main(["run2adapter", str(tmp_path / "no run"), str(tmp_path / name), "--strength", strength])
+  assert message in capsys.readouterr().err

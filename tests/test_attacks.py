@@ -457,5 +457,5 @@ def test_a_file_gives_back_what_was_written(tmp_path_factory, made):
 
 
 def test_an_absent_file():
-  with pytest.raises(FileNotFoundError, match="absent.csv does not exist; expected a file of attacks"):
+  with pytest.raises(FileNotFoundError, match="absent.csv does not exist; expected one file, .json, .csv, .jsonl"):
     make_attack("file:absent.csv")

@@ -20,6 +20,7 @@ from typing import Any
 from saess_jax.attacks.base import Attack, Attempt, Target
 from saess_jax.data import sources
 
+READERS = {".json": sources.read_artifact, ".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
 PREFIX = ("prefix", "target_prefix")
 QUERIES = ("queries", "number_of_queries", "queries_to_jailbreak")
 
@@ -49,7 +50,8 @@ class File(Attack):
 def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
   """The attempts at each behavior by its key; none where the file says that nothing was found."""
   found: dict[str, list[Attempt]] = {}
-  for place, record in _records(path):
+  for number, record in sources.read_records(path, READERS):
+    place = f"{path.name}{', jailbreak ' if path.suffix.lower() == '.json' else ':'}{number}"
     record = {str(name).strip().lower(): value for name, value in record.items()}
     behavior, prompt = sources.request_of(record), record.get("prompt")
     if not isinstance(behavior, str) or "prompt" not in record:
@@ -64,25 +66,7 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
     if prompt and prompt.strip():
       variant = f"attempt {len(attempts) + 1}" if attempts else ""
       attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(float(queries))))
-  if not found:
-    raise ValueError(f"{path} is empty; expected rows with behavior (or goal) and prompt.")
   return found
-
-
-def _records(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  """(place in words, record) of every row."""
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; expected a file of attacks (JSON, CSV or JSONL).")
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-  readers = {".json": sources.read_artifact, ".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
-  kind = path.suffix.lower()
-  if kind not in readers:
-    raise ValueError(f"{path} ends in {path.suffix!r}; expected .json (JailbreakBench), .csv or .jsonl.")
-  before = ", jailbreak " if kind == ".json" else ":"
-  return [(f"{path.name}{before}{number}", record) for number, record in readers[kind](text, path.name)]
 
 
 def _first(record: dict[str, Any], names: Sequence[str]) -> Any:

@@ -63,7 +63,7 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
     raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
   default = None if default_label is None else _label(default_label, "default_label")
   files = [pathlib.Path(name).expanduser() for name in names]
-  return [_row(record, file.name, line, default) for file in files for line, record in _records(file, _READERS)]
+  return [_row(record, file.name, line, default) for file in files for line, record in read_records(file, _READERS)]
 
 
 def read_requests(path: str, default_label: str | int) -> list[Row]:
@@ -75,7 +75,7 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
   """
   file, default = pathlib.Path(path.strip()).expanduser(), _label(default_label, "default_label")
   rows: dict[int | str, Row] = {}
-  for number, record in _records(file, _READERS | {".json": read_artifact}):
+  for number, record in read_records(file, _READERS | {".json": read_artifact}):
     fields = _fields(record)
     request = request_of(fields) if "prompt" in fields else None
     if request is None:
@@ -173,12 +173,17 @@ def _split_of(prompt: str, seed: int) -> str:
   return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
-def _records(path: pathlib.Path, readers: dict[str, Callable]) -> list[tuple[int, dict[str, Any]]]:
-  """The rows of a file by column, each with its number, as the reader of its ending gives them."""
+def read_records(path: pathlib.Path, readers: dict[str, Callable]) -> list[tuple[int, dict[str, Any]]]:
+  """The rows of a file by column, each with its number, as the reader of its ending gives them.
+
+  Raises:
+    ValueError: an ending without a reader, text that is not UTF-8, no rows, or what the reader raises.
+    FileNotFoundError: no such file.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; expected one file, {', '.join(readers)}.")
   if path.suffix.lower() not in readers:
     raise ValueError(f"{path} ends in {path.suffix!r}; expected {', '.join(readers)}.")
-  if not path.is_file():
-    raise FileNotFoundError(f"Data file {path} does not exist; several files are separated by commas.")
   try:
     text = path.read_text(encoding="utf-8-sig")  # A byte order mark would become part of the first column's name.
   except UnicodeDecodeError as error:
