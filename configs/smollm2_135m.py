@@ -39,7 +39,7 @@ WEIGHTS = TrainConfig(
     loss=LossConfig(cls_weight=1.0, kl_weight=1.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
     # Windows beside the query tell more than windows alone (docs/earlier.md).
-    safety=SafetyConfig(threshold=0.3, rule2_keeps_query=True),
+    safety=SafetyConfig(threshold=0.2, rule2_keeps_query=True),
     eval_every=0, save_every=1000, keep_last=1,
 )
 ADAPTER = dataclasses.replace(

@@ -79,17 +79,23 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
 
 
 def to_adapter(
-    source: str, file: str, step: int | None, dtype: str, rank: int, strength: float, start: str | None) -> str:
+    source: str, file: str, step: int | None, dtype: str, rank: int, strength: float, start: str | None,
+    threshold: float | None) -> str:
   """A run -> an adapter. Returns what there is to say; errors as `read_adapter`, `adapters.weaken`, `between`, `save`.
 
   Args:
     start: an adapter's file, from which `strength` counts in place of the base.
+    threshold: of the verdicts, in place of the run's setting: it is chosen once the run is done. Outside 0 to 1 a
+      ValueError.
   """
   adapters.check_target(file, dtype)
   adapters.check_strength(strength)
+  chosen = {} if threshold is None else {"threshold": threshold}
+  SafetyConfig(**chosen)  # Raises what is wrong with it.
   before = adapters.load(start) if start else None
   adapter = checkpoint.read_adapter(source, step, rank)
   adapter = adapters.between(before, adapter, strength) if before else adapters.weaken(adapter, strength)
+  adapter = dataclasses.replace(adapter, safety=dataclasses.replace(adapter.safety, **chosen))
   adapters.save(file, adapter, dtype)
   return f"{file}: {pathlib.Path(file).stat().st_size / 1e6:.1f} MB in {dtype}, for {adapter.base}."
 
@@ -222,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
   command.add_argument(
       "--strength", type=float, default=1.0, help="above 0, at most 1: how far from the base to what it learned")
   command.add_argument("--start", help="the adapter that the run went on from: --strength counts from there")
+  command.add_argument("--threshold", type=float, help="of the verdicts, as chosen on a validation split")
   commands.add_parser("inspect").add_argument("source")
   options = parser.parse_args(argv)
   try:
@@ -229,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
       print(as_text(options.source, describe(options.source)))
     elif options.command == "run2adapter":
       print(to_adapter(
-          options.source, options.file, options.step, options.dtype, options.rank, options.strength, options.start))
+          options.source, options.file, options.step, options.dtype, options.rank, options.strength, options.start,
+          options.threshold))
     elif options.command == "orbax2hf":
       print(to_hf(options.source, options.folder, options.step, options.check))
     else:

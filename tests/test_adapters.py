@@ -274,7 +274,8 @@ def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
       max_steps=3, save_every=3, eval_every=0, rollouts=RolloutConfig(enabled=False))
   train.train_and_evaluate(run, tmp_path / "run")
   convert.main(["run2adapter", str(tmp_path / "run"), str(tmp_path / "a.safetensors"), "--rank", "64",
-                "--dtype", "float32"])
+                "--dtype", "float32", "--threshold", "0.125"])
+  assert checkpoint.settings_of(tmp_path / "a.safetensors") == dataclasses.replace(run.safety, threshold=0.125)
   learned = flat(checkpoint.load_for_research(tmp_path / "run")[1])
   applied = flat(checkpoint.load_for_research(tmp_path / "a.safetensors")[1])
   before = flat(checkpoint.load_for_research(trained / "base")[1])
@@ -325,11 +326,13 @@ def test_the_adapter_that_ships():
   assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves.values())
 
 
-@pytest.mark.parametrize("name, strength, message", [
-    ("a.bin", "1", "expected a name that ends in .safetensors"), ("a.safetensors", "0", "strength is 0.0; expected"),
-    ("there.safetensors", "1", "there.safetensors exists; choose another name")])
-def test_what_is_to_be_written_is_checked_before_a_run_is_read(tmp_path, capsys, name, strength, message):
+@pytest.mark.parametrize("name, option, message", [
+    ("a.bin", "--strength=1", "expected a name that ends in .safetensors"),
+    ("a.safetensors", "--strength=0", "strength is 0.0; expected"),
+    ("a.safetensors", "--threshold=1.5", "threshold is 1.5; expected"),
+    ("there.safetensors", "--strength=1", "there.safetensors exists; choose another name")])
+def test_what_is_to_be_written_is_checked_before_a_run_is_read(tmp_path, capsys, name, option, message):
   (tmp_path / "there.safetensors").touch()
   with pytest.raises(SystemExit):
-    convert.main(["run2adapter", str(tmp_path / "no run"), str(tmp_path / name), "--strength", strength])
+    convert.main(["run2adapter", str(tmp_path / "no run"), str(tmp_path / name), option])
   assert message in capsys.readouterr().err
