@@ -52,7 +52,7 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
   found: dict[str, list[Attempt]] = {}
   for number, record in sources.read_records(path, READERS):
     place = f"{path.name}{', jailbreak ' if path.suffix.lower() == '.json' else ':'}{number}"
-    record = {str(name).strip().lower(): value for name, value in record.items()}
+    record = sources.fields_of(record)
     behavior, prompt = sources.request_of(record), record.get("prompt")
     if not isinstance(behavior, str) or "prompt" not in record:
       raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")

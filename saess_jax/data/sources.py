@@ -76,7 +76,7 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
   file, default = pathlib.Path(path.strip()).expanduser(), _label(default_label, "default_label")
   rows: dict[int | str, Row] = {}
   for number, record in read_records(file, _READERS | {".json": read_artifact}):
-    fields = _fields(record)
+    fields = fields_of(record)
     request = request_of(fields) if "prompt" in fields else None
     if request is None:
       rows[number] = _row(record, file.name, number, default)
@@ -262,13 +262,14 @@ def read_artifact(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": _read_txt}
 
 
-def _fields(record: dict[str, Any]) -> dict[str, Any]:
+def fields_of(record: dict[str, Any]) -> dict[str, Any]:
+  """A row by its columns' names in lower case, without the white space around them."""
   return {str(column).strip().lower(): value for column, value in record.items()}
 
 
 def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
   where = f"{name}:{line}"
-  fields = _fields(record)
+  fields = fields_of(record)
   column = next((column for column in PROMPT_COLUMNS if column in fields), None)
   if column is None:
     raise ValueError(
