@@ -1,5 +1,8 @@
 """The shortcut checks find a planted shortcut and stay at chance without one."""
 
+import itertools
+import json
+import pathlib
 import re
 
 import numpy as np
@@ -99,3 +102,18 @@ def test_the_embedded_set_keeps_its_promises():
   assert checks.bag_of_words_accuracy(rows["train"], rows["test"]) < 0.75
   assert checks.form_accuracy(rows["train"], rows["test"]) < 0.60
   assert not checks.near_duplicates(rows["train"] + rows["validation"], rows["test"])
+
+
+def test_the_plain_pairs_keep_theirs():
+  files = sorted((pathlib.Path(sources.__file__).parent / "plain").glob("*.jsonl"))
+  records = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+  rows = sources.read_rows(",".join(map(str, files)))
+  assert len(files) == 15 and len(rows) >= 3700
+  labels = {idea: sorted(r["label"] for r in pair) for idea, pair in itertools.groupby(records, lambda r: r["idea"])}
+  assert all(pair == ["benign", "malicious"] for pair in labels.values()) and 2 * len(labels) == len(rows)
+  split = sources.split_rows(rows)
+  assert checks.bag_of_words_accuracy(split["train"], split["test"]) < 0.60
+  assert checks.form_accuracy(split["train"], split["test"]) < 0.60
+  embedded = {part: sources.embedded_rows(part) for part in sources.SPLITS}
+  assert not checks.near_duplicates(rows, embedded["validation"] + embedded["test"])
+  assert not {row.prompt for row in rows} & {row.prompt for row in embedded["train"]}
