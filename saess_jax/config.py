@@ -167,8 +167,9 @@ SAFETY_PRESETS = types.MappingProxyType({
 class DataConfig:
   """What is trained on and how it is cut into batches."""
 
-  # "embedded"; "paper": LIMA, Alpaca and ALERT as published (data/paper.py); or the path of a CSV or JSONL file
-  # ("a.csv,b.jsonl" for several), for stage pretrain one of documents with their labels (data/label.py).
+  # "paper": LIMA, Alpaca and ALERT as published (data/paper.py); or names separated by commas of the package's sets
+  # ("embedded", "plain", "subtle": docs/data.md) and of CSV, JSONL and text files, for stage pretrain one of documents
+  # with their labels (data/label.py).
   source: str = "embedded"
   manual_dir: str = "~/.cache/saess_jax/paper"  # Of source "paper": the folder with the publishers' files.
   paper_rows: int = 14763  # Of source "paper": rows of each label (paper: 14,763), fewer if the files hold fewer.

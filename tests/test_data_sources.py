@@ -206,6 +206,16 @@ def test_load_split_of_a_file(tmp_path):
       sources.load_split(write(tmp_path / "b.csv", "prompt,label\np,1\n"), split)
 
 
+def test_the_sets_of_the_package_stand_beside_the_embedded_one_and_files(tmp_path):
+  path = write(tmp_path / "a.csv", "prompt,label\n" + "".join(f"p{i},{i % 2}\n" for i in range(60)))
+  by_split = sources.read_splits(f"embedded, plain,{path}")
+  beside = sources.split_rows(sources.read_rows(f"plain,{path}"))
+  assert {row.source for row in beside["train"]} >= {"a.csv", "fraud.jsonl", "weapons.jsonl"}
+  assert by_split == {split: sources.embedded_rows(split) + beside[split] for split in sources.SPLITS}
+  assert sources.read_splits("embedded") == {split: sources.embedded_rows(split) for split in sources.SPLITS}
+  assert sources.load_split("subtle,plain", "test") == sources.split_rows(sources.read_rows("subtle,plain"))["test"]
+
+
 def test_draw_evenly():
   rows = [sources.Row(str(i), "", int(i < 3), "", "") for i in range(20)]
   drawn = sources.draw_evenly(rows, 5)

@@ -41,7 +41,8 @@ EMBEDDED = SafetyPromptsConfig(name="embedded", description="The contrast sets t
 def config_for(
     source: str, manual_dir: str = DataConfig.manual_dir, paper_rows: int = DataConfig.paper_rows
 ) -> SafetyPromptsConfig:
-  """The config of a `source` of `DataConfig`: "embedded", "paper" (of `paper_rows`), or "files-HASH" of user files.
+  """The config of a `source` of `DataConfig`: "embedded", "paper" (of `paper_rows`), or "files-HASH" of what else
+  `sources.read_splits` reads.
 
   The hash is of the rows, so that a changed file is another data set. All rows are read and checked here: a bad one
   raises (ValueError, FileNotFoundError) before any is written. A split of a small file may have no rows; it is then
@@ -53,7 +54,7 @@ def config_for(
     rows, digests = paper.read(manual_dir, paper_rows)
     name = source if paper_rows == DataConfig.paper_rows else f"{source}-{paper_rows}"
     return SafetyPromptsConfig(name=name, description="LIMA, Alpaca and ALERT", rows=rows, sha256=digests)
-  rows = sources.split_rows(sources.read_rows(source))
+  rows = sources.read_splits(source)
   digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
   return SafetyPromptsConfig(name=f"files-{digest}", description=source, rows=rows)
 

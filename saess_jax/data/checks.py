@@ -143,7 +143,7 @@ def _overlap(train: list[set[Hashable]], test: list[set[Hashable]], measure: Cal
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--source", default="embedded", help='"embedded", or CSV/JSONL files separated by commas')
+  parser.add_argument("--source", default="embedded", help="as --config.data.source of a training run")
   parser.add_argument("--threshold", type=float, default=0.5, help="score from which a pair is a near duplicate")
   args = parser.parse_args(argv)
   train, test = (list(sources.load_split(args.source, split)) for split in ("train", "test"))

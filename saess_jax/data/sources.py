@@ -1,4 +1,4 @@
-"""Rows of labelled prompts: the embedded set, or a user's CSV, JSONL and text files.
+"""Rows of labelled prompts: the sets that ship with the package, and a user's CSV, JSONL and text files.
 
 A file needs one prompt column; names are matched whatever their case, and where a file has several of them the first
 in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, both optional and possibly empty); in stage
@@ -26,6 +26,7 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
+SETS = ("plain", "subtle")  # Folders of this package beside "embedded", named like files (docs/data.md).
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "forbidden_prompt", "text")
 REQUEST_COLUMNS = ("goal", "behavior")  # What an attack's prompt asks for: the first that is filled.
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
@@ -50,7 +51,8 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   """Rows of one file, or of several separated by commas, in file order.
 
   Args:
-    paths: "a.csv" or "a.csv,b.jsonl"; endings .csv, .jsonl, .txt; "~" is the home folder.
+    paths: "a.csv" or "a.csv,b.jsonl"; endings .csv, .jsonl, .txt; "~" is the home folder. One of `SETS` stands for all
+      its files.
     default_label: the label (a word or number of `LABEL_WORDS`) of rows that have none.
 
   Raises:
@@ -62,7 +64,7 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   if not names:
     raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
   default = None if default_label is None else _label(default_label, "default_label")
-  files = [pathlib.Path(name).expanduser() for name in names]
+  files = [file for name in names for file in _files_of(name)]
   return [_row(record, file.name, line, default) for file in files for line, record in read_records(file, _READERS)]
 
 
@@ -127,19 +129,31 @@ def split_rows(rows: Sequence[Row], seed: int = 0) -> dict[str, list[Row]]:
   return {split: kept for split, kept in by_split.items() if kept}
 
 
-def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
-  """One split of "embedded", or of user files (`read_rows`, `split_rows`).
+def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
+  """Rows by split of "embedded", of files (`read_rows`, `split_rows`), or of both: "embedded,plain,mine.csv".
 
   Raises:
-    ValueError, FileNotFoundError: an unknown split, one without rows, or what `read_rows` raises.
+    ValueError, FileNotFoundError: what `read_rows` raises.
+  """
+  names = [name.strip() for name in source.split(",")]
+  files = ",".join(name for name in names if name != "embedded")
+  if "embedded" not in names:
+    return split_rows(read_rows(files), seed)
+  by_split = split_rows(read_rows(files), seed) if files else {}
+  return {split: embedded_rows(split) + by_split.get(split, []) for split in SPLITS}
+
+
+def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
+  """One split of what `read_splits` reads.
+
+  Raises:
+    ValueError, FileNotFoundError: an unknown split, one without rows, or what `read_splits` raises.
   """
   _check_split(split)
-  if source == "embedded":
-    return embedded_rows(split)
-  rows = read_rows(source)
-  by_split = split_rows(rows, seed)
+  by_split = read_splits(source, seed)
   if split not in by_split:
-    raise ValueError(f"None of the {len(rows)} rows of {source} falls into the {split} split; add rows.")
+    rows = sum(map(len, by_split.values()))
+    raise ValueError(f"None of the {rows} rows of {source} falls into the {split} split; add rows.")
   return by_split[split]
 
 
@@ -161,6 +175,12 @@ def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0) -> list[Row]
     indices = [i for i, row in enumerate(rows) if row.label == label]
     kept.extend(rng.permutation(indices)[:per_label])
   return [rows[int(i)] for i in sorted(kept)]
+
+
+def _files_of(name: str) -> list[pathlib.Path]:
+  if name in SETS:
+    return sorted((pathlib.Path(__file__).parent / name).glob("*.jsonl"))
+  return [pathlib.Path(name).expanduser()]
 
 
 def _check_split(split: str) -> None:
