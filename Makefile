@@ -25,14 +25,14 @@ train: $(RUN)/adapter.safetensors
 $(RUN)/adapter.safetensors: $(RUN)/start.safetensors
 	mkdir -p $(RUN)/adapter && cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
 	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.lora.start=$< --workdir $(RUN)/adapter
-	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8 --strength 0.85
+	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8
 
 $(RUN)/start.safetensors: | $(BIN)/.saess-runtime
 	$(BIN)/python train.py --config configs/smollm2_135m.py --workdir $(RUN)/weights
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/weights $@ --rank 32 --dtype float32
 
 test: $(BIN)/.saess-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(BIN)/.saess-dev
 	$(BIN)/python -m pytest -m slow
