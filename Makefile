@@ -32,7 +32,7 @@ $(RUN)/start.safetensors: | $(BIN)/.saess-runtime
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/weights $@ --rank 32 --dtype float32
 
 test: $(BIN)/.saess-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(BIN)/.saess-dev
 	$(BIN)/python -m pytest -m slow
