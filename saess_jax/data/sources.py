@@ -105,17 +105,9 @@ def embedded_rows(split: str, path: str | None = None) -> list[Row]:
     ValueError: an unknown split, a malformed row, or a split without rows.
   """
   _check_split(split)
-  folder = importlib.resources.files(__package__) / "embedded" if path is None else pathlib.Path(path)
-  rows = []
-  for file in sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda f: f.name):
-    for line, record in read_jsonl(file.read_text(encoding="utf-8"), file.name):
-      if record.get("split") not in SPLITS:
-        raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
-      if record["split"] == split:
-        rows.append(dataclasses.replace(
-            _row(record, file.name, line, None), source=str(record.get("source", file.name))))
+  rows = _embedded_splits(path)[split]
   if not rows:
-    raise ValueError(f"{folder.name} has no {split} rows.")
+    raise ValueError(f"{pathlib.Path(path or 'embedded').name} has no {split} rows.")
   return rows
 
 
@@ -140,7 +132,7 @@ def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
   if "embedded" not in names:
     return split_rows(read_rows(files), seed)
   by_split = split_rows(read_rows(files), seed) if files else {}
-  return {split: embedded_rows(split) + by_split.get(split, []) for split in SPLITS}
+  return {split: rows + by_split.get(split, []) for split, rows in _embedded_splits().items()}
 
 
 def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
@@ -175,6 +167,19 @@ def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0) -> list[Row]
     indices = [i for i, row in enumerate(rows) if row.label == label]
     kept.extend(rng.permutation(indices)[:per_label])
   return [rows[int(i)] for i in sorted(kept)]
+
+
+def _embedded_splits(path: str | None = None) -> dict[str, list[Row]]:
+  """All rows of `embedded_rows` by their split, each file read once."""
+  folder = importlib.resources.files(__package__) / "embedded" if path is None else pathlib.Path(path)
+  by_split = {split: [] for split in SPLITS}
+  for file in sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda f: f.name):
+    for line, record in read_jsonl(file.read_text(encoding="utf-8"), file.name):
+      if record.get("split") not in SPLITS:
+        raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
+      by_split[record["split"]].append(dataclasses.replace(
+          _row(record, file.name, line, None), source=str(record.get("source", file.name))))
+  return by_split
 
 
 def _files_of(name: str) -> list[pathlib.Path]:
