@@ -104,6 +104,14 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is {config.data.refusal_depth}: "
         "answers to benign requests would stand behind an attacker's words, and refusals never. Set both above 0, or "
         "the first to 0.")
+  if not 0 <= config.data.histories <= 1 or config.data.history_turns < 1:
+    raise ValueError(
+        f"data.histories is {config.data.histories} at data.history_turns {config.data.history_turns}; expected a "
+        "share of queries from 0 to 1, behind 1 dialogue or more.")
+  if config.data.histories and config.data.responses != "rollouts":
+    raise ValueError(
+        f"data.histories is {config.data.histories}, but data.responses is {config.data.responses!r}: dialogues stand "
+        "before queries that are read alone. Set it to 'rollouts', or the first to 0.")
   if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
     raise ValueError(
         f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "

@@ -101,6 +101,44 @@ def test_half_of_all_responses_stand_behind_an_attackers_opener():
   assert depths["refused"] == {1, 2, 3, 4, 5} and depths["answered"] == {0, 1, 2, 3, 4, 5}
 
 
+def test_queries_stand_behind_dialogues_that_are_benign_and_answered():
+  data = dataclasses.replace(
+      CONFIG.data, responses="rollouts", bare_queries=True, histories=0.5, history_turns=3, max_length=400,
+      buckets=(400,))
+  config, tokenizer = dataclasses.replace(CONFIG, data=data), tiny_tokenizer()
+  answered = {f"Who bakes bread {n}?": f"Baker {n}." for n in range(4)}
+  rows = [Row(prompt, "", 0, "", "") for prompt in answered]
+  rows += [Row("Who declines?", "", 0, "", ""), Row("Who kills?", "", 1, "", "")]
+  rollouts = answered | {"Who declines?": "I'm sorry.", "Who kills?": "Sure."}
+  asked = [Row(f"{what} {n}?", "", label, "", "") for n in range(50) for label, what in enumerate(("Bake", "Kill"))]
+  turns = [collections.Counter(), collections.Counter()]
+  for row, example in zip(asked, build(rows + asked, rollouts, config)[-len(asked):], strict=True):
+    text = tokenizer.decode(example.tokens[example.kinds != TokenKind.CLS])
+    history = text.split("<|im_end|>\n")
+    assert history.pop() == f"<|im_start|>user\n{row.prompt}" and example.label == row.label
+    said = [turn.removeprefix(f"<|im_start|>{('user', 'assistant')[i % 2]}\n") for i, turn in enumerate(history)]
+    dialogues = list(zip(said[::2], said[1::2], strict=True))
+    assert len(set(dialogues)) == len(dialogues) and set(dialogues) <= set(answered.items())
+    query = tokenizer.decode(example.tokens[example.kinds == TokenKind.QUERY])
+    assert query == "".join([*said, row.prompt]) and example.kinds[-1] == TokenKind.CLS
+    turns[row.label][len(dialogues)] += 1
+  for counts in turns:
+    assert set(counts) == {0, 1, 2, 3} and 15 < counts[0] < 35
+
+
+def test_only_as_many_dialogues_as_fit_stand_before_a_query():
+  data = dataclasses.replace(
+      CONFIG.data, responses="rollouts", histories=1.0, history_turns=9, max_length=200, buckets=(200,))
+  rows = [Row(f"Who bakes bread {n}?", "", 0, "", "") for n in range(9)]
+  rollouts = {row.prompt: "Bakers do." for row in rows}
+  long, none = (Row("Kill " * count + "him?", "", 1, "", "") for count in (4, 50))
+  for seed in range(20):
+    *_, some, alone = build([*rows, long, none], rollouts, dataclasses.replace(CONFIG, data=data, seed=seed))
+    assert len(some.tokens) <= 200 and len(alone.tokens) <= 200
+    texts = [tiny_tokenizer().decode(example.tokens) for example in (some, alone)]
+    assert 1 <= texts[0].count("Bakers do.") < 9 and texts[1].count("Bakers do.") == 0
+
+
 def test_openers_in_training_are_not_those_of_attacks():
   known = {*openers.CONSENT, *openers.SENTENCES}
   text = "".join(path.read_text() for path in (pathlib.Path(pipeline.__file__).parents[1] / "attacks").glob("*.py"))

@@ -57,7 +57,7 @@ def build_examples(
   With `data.opener_depth` half of these refusals, and half of the benign rollouts, stand behind an attacker's opener
   (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
-  stands before its turn.
+  stands before its turn. `data.histories` puts some of these behind dialogues (`_behind_dialogues`).
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
@@ -84,12 +84,16 @@ def build_examples(
       chat.encode_example, tokenizer, stage=config.stage, header_sees_cls=config.header_sees_cls,
       max_length=config.data.max_length, system_prompt=config.data.system_prompt)
 
-  def example(row, response, trajectory, loss_from):
-    tokens, kinds = encode(row.prompt, response)
+  def example(row, response, trajectory, loss_from, prompt=None):
+    tokens, kinds = encode(prompt or row.prompt, response)
     answer = tokens[kinds == TokenKind.RESPONSE]
     ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
     return Example(tokens, kinds, row.label, trajectory, loss_from, len(answer) - int(ended))
 
+  dialogues = [
+      (row.prompt, answer) for row in rows if not row.label and config.data.histories
+      for answer in [tokenizer.decode(encode_response(rollouts.get(row.prompt, "")), skip_special_tokens=True).strip()]
+      if answer and not rollouts_lib.declines(answer)]
   examples = []
   for row in rows:
     rollout = encode_response(rollouts.get(row.prompt, ""))
@@ -104,7 +108,7 @@ def build_examples(
     # Nothing could follow the prefix.
     wordless = row.label and config.data.refusal_depth and not row.response and config.objective == "saess"
     if wordless or (not len(rollout) and config.data.responses == "rollouts"):
-      query = example(row, None, "none", 0)
+      query = example(row, None, "none", 0, _behind_dialogues(tokenizer, row.prompt, dialogues, config, rng))
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
@@ -131,6 +135,26 @@ def _opener(tokenizer, config: TrainConfig, rng: np.random.Generator) -> np.ndar
     return np.zeros(0, np.int32)
   tokens = chat.encode_text(tokenizer, openers.draw(rng))
   return np.asarray(tokens[: int(rng.integers(1, 1 + config.data.opener_depth))], np.int32)
+
+
+def _behind_dialogues(
+    tokenizer, prompt: str, dialogues: Sequence[tuple[str, str]], config: TrainConfig, rng: np.random.Generator
+) -> chat.Messages:
+  """The prompt alone, or for a share of `data.histories` behind a draw of these requests and answers, if some fit.
+
+  Whatever was talked about, the verdict is on what is asked now. All of the history is benign: what an earlier
+  malicious request makes of a benign one is left open.
+  """
+  if not dialogues or rng.random() >= config.data.histories:
+    return prompt
+  drawn = rng.permutation(len(dialogues))[: int(rng.integers(1, 1 + config.data.history_turns))]
+  history = [{"role": role, "content": text}
+             for index in drawn for role, text in zip(("user", "assistant"), dialogues[index])]
+  messages = [*history, {"role": "user", "content": prompt}]
+  encode = functools.partial(chat.encode_prompt, tokenizer, system_prompt=config.data.system_prompt)
+  while len(messages) > 1 and len(encode(messages)[0]) > config.data.max_length - 2:
+    messages = messages[2:]
+  return messages
 
 
 def unfinished(examples: Sequence[Example]) -> tuple[int, int]:
