@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from saess_jax import config as config_lib
-from saess_jax import evaluate, report
+from saess_jax import evaluate, evaluation, report
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File under configs/ that returns an EvalConfig; --config.KEY=VALUE overrides.", lock_config=True)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, checkpoint=_CHECKPOINT.value)
   metrics = evaluate.evaluate(config, _WORKDIR.value)
   path = pathlib.Path(_WORKDIR.value).expanduser() / "report.html"
-  report.write_report(metrics, evaluate.read_results(_WORKDIR.value, config.judges), path)
+  report.write_report(metrics, evaluation.read_results(_WORKDIR.value, config.judges), path)
   print(f"Report: {path}")
 
 

@@ -10,7 +10,7 @@
   threshold_N     the verdict's threshold, in percent
 
 Each has a --workdir of its own and goes on where it was stopped. Two are compared by
-`python -m saess_jax.evaluate OUT_A OUT_B`.
+`python -m saess_jax.evaluation OUT_A OUT_B`.
 """
 
 import re

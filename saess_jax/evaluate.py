@@ -1,128 +1,38 @@
 """Models under attacks, side by side, with the evidence kept beside every verdict.
 
-Three steps over JSONL, each of which goes on where it was interrupted when the same command is given again:
-
-  attempts.jsonl        what each attack makes of each behavior; one line a behavior
-  responses.jsonl       what each model answers; one line a response
-  judgements/JUDGE.jsonl    what each judge says of each response; another judge needs no new responses
-  metrics.json          what `metrics.metrics_of` makes of these, written anew each time
-  evaluation.json       what is evaluated: config, checkpoint, a digest of the files; another evaluation's is refused
+Three steps over JSONL (`evaluation.py` says which files), each of which goes on where it was interrupted when the same
+command is given again: what attacks make of behaviors, what models answer, what judges say. Another judge needs no new
+responses.
 
 Attacks and judges may be left out or added from one command to the next: what is there of the others stays, and figures
-are made of those that the last command named. `lock` keeps a second process out.
-
-  python -m saess_jax.evaluate OUT_A OUT_B      what differs between two evaluations, behavior by behavior
+are made of those that the last command named. A lock keeps a second process out.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
-import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
-import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import tqdm
 
-from saess_jax import adapters, checkpoint, generate, judges, runs, staging
 from saess_jax import attacks as attacks_lib
+from saess_jax import evaluation, generate, judges, staging, subjects
 from saess_jax import metrics as metrics_lib
-from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
+from saess_jax import suites as suites_lib
+from saess_jax.config import EvalConfig
 from saess_jax.data import sources
-from saess_jax.model import Llama
 from saess_jax.records import Records
-
-MODELS = ("base", "plain", "saess")
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-  """What is evaluated.
-
-  Attributes:
-    identity: says which weights these are, so that an evaluation is not resumed with others.
-    has_cls: the trained weights come with a [CLS] that can be asked; a rival's do not.
-    generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
-    weights: model -> what a white-box attacker reads.
-    safety: what "saess" decodes by.
-  """
-
-  identity: str
-  has_cls: bool
-  generator: Callable[[str, int], Any]
-  weights: Callable[[str], attacks_lib.Weights]
-  safety: SafetyConfig
-
-
-def load_models(config: EvalConfig) -> Models:
-  """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
-
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
-  "plain". Weights that were trained from no others are their own base. Weights are read when they are first asked.
-
-  Raises:
-    ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
-      "saess" of a rival's run.
-  """
-  path = config.checkpoint
-  if not path:
-    raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
-  settings = checkpoint.settings_of(path)
-  identity, trained, step = path, None, None
-  if checkpoint.is_run(path):
-    trained = runs.read_config(path)
-    if trained.objective != "saess" and "saess" in config.models:
-      raise ValueError(
-          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
-          "\"('base','plain')\", its weights decoded plainly.")
-    checkpoints = checkpoint.Checkpoints(path)
-    step = checkpoints.best_step()
-    checkpoints.close()
-    if step is None:
-      raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
-    written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
-    identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
-  elif path.endswith(".safetensors"):
-    identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
-  changes = {name: value for name, value in config.safety.items() if value is not None}
-  safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
-  layout = checkpoint.layout_of(path)
-  research = functools.cache(lambda: checkpoint.load_for_research(path, step)[:3])
-
-  @functools.cache
-  def weights(name: str) -> attacks_lib.Weights:
-    if name != "base":
-      return attacks_lib.Weights(*research(), safety if name == "saess" else None, **layout)
-    if trained is not None:
-      shape, params, tokenizer = checkpoint.load_base(trained)
-      params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
-      return attacks_lib.Weights(Llama(shape), params, tokenizer, None, **layout)
-    if path.endswith(".safetensors"):
-      model, params, _, _ = checkpoint.load_for_research(adapters.load(path).base)
-      return attacks_lib.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.
-    return attacks_lib.Weights(*research(), None, **layout)
-
-  @functools.cache  # A generator keeps what it has compiled.
-  def generator(name: str, max_new_tokens: int) -> generate.Generator:
-    asked = weights(name)
-    return generate.Generator(
-        asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size, seed=config.seed, **layout)
-
-  return Models(identity, trained is None or trained.objective == "saess", generator, weights, safety)
+from saess_jax.subjects import Models
 
 
 def evaluate(
-    config: EvalConfig, workdir: str | pathlib.Path, load: Callable[[EvalConfig], Models] = load_models
+    config: EvalConfig, workdir: str | pathlib.Path, load: Callable[[EvalConfig], Models] = subjects.load_models
 ) -> dict[str, Any]:
   """Runs what is not there yet, writes everything named above, prints a table and returns the metrics.
 
@@ -140,7 +50,7 @@ def evaluate(
   _check(config)
   attacks = {name: attacks_lib.make_attack(name) for name in ("direct", *config.attacks)}  # Benign ones are direct.
   chosen = {name: judges.make_judge(name) for name in config.judges}
-  suites = suites_of(config)
+  suites = suites_lib.load_suites(config)
   workdir = pathlib.Path(workdir).expanduser().absolute()
   begun = (workdir / "evaluation.json").exists()
   if not begun and (
@@ -161,100 +71,18 @@ def evaluate(
                    [(suites[suite][i].prompt, "") for i in indices])
   workdir.mkdir(parents=True, exist_ok=True)
   with staging.alone(workdir):
-    _claim_workdir(workdir, {"config": claimed, "rows": _digest(suites), "models": models.identity, "attack files": {
-        name: attack.content for name, attack in attacks.items() if attack.content}})
+    evaluation.claim_workdir(workdir, {
+        "config": claimed, "rows": suites_lib.digest(suites), "models": models.identity,
+        "attack files": {name: attack.content for name, attack in attacks.items() if attack.content}})
     attempts = _attempts(config, attacks, suites, models, Records(workdir / "attempts.jsonl"))
     _respond(config, suites, models, attempts, Records(workdir / "responses.jsonl"))
-    responses = _responses(workdir)
+    responses = evaluation.read_responses(workdir)
     for name, judge in chosen.items():
-      _judge(name, judge, responses, _judgements(workdir, name))
-    metrics = metrics_lib.metrics_of(read_results(workdir, config.judges), _plain(config))
+      _judge(name, judge, responses, evaluation.judgements(workdir, name))
+    metrics = metrics_lib.metrics_of(evaluation.read_results(workdir, config.judges), _plain(config))
     staging.write_text(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
   print(metrics_lib.table(metrics))
   return metrics
-
-
-def suites_of(config: EvalConfig) -> dict[str, list[sources.Row]]:
-  """The rows of every suite that `config.suites` names, `config.max_rows` of each label at most.
-
-  A suite is "embedded" (its test split), or a CSV or JSONL file with a prompt, goal, behavior, instruction or
-  forbidden_prompt column: "file:PATH" (labels from its label column, all malicious without one), "malicious:PATH" or
-  "benign:PATH" (rows of that label, all of them in a file without labels). A file of attacks, with a prompt column
-  beside goal or behavior or a JailbreakBench artifact, is a suite of what these ask for.
-
-  Raises:
-    ValueError: an unknown suite, one without rows, or what `sources` raises.
-  """
-  suites = {}
-  for suite in config.suites.split(","):
-    kind, _, path = suite.partition(":")
-    if suite == "embedded":
-      rows = sources.embedded_rows("test")
-    elif kind in ("file", *sources.LABELS) and path:
-      rows = sources.read_requests(path, "malicious" if kind == "file" else kind)
-      rows = [row for row in rows if kind in ("file", sources.LABELS[row.label])]
-    else:
-      raise ValueError(
-          f"suite is {suite!r}; expected embedded, file:PATH, malicious:PATH or benign:PATH, or several of them with "
-          "commas between them (a path cannot hold one).")
-    suites[suite] = sources.draw_evenly(rows, config.max_rows, config.seed)
-    if not rows:
-      raise ValueError(f"Suite {suite} has no rows.")
-  return suites
-
-
-def read_results(workdir: str | pathlib.Path, judged_by: Sequence[str] = ()) -> list[dict[str, Any]]:
-  """The responses of an evaluation that these judges have judged, each with its `judgements`; [] before it has begun.
-
-  They are those to the attacks that its last command named, and each is there once, should its line be there twice: of
-  responses the first counts, which judges read, and of judgements the last.
-
-  Args:
-    judged_by: names of judges; () for whichever there are.
-  """
-  workdir = pathlib.Path(workdir).expanduser()
-  names = judged_by or sorted(urllib.parse.unquote(path.stem) for path in (workdir / "judgements").glob("*.jsonl"))
-  found = {
-      name: {_key(record): record["judgement"] for record in _judgements(workdir, name).read()} for name in names}
-  return [
-      row | {"judgements": {name: found[name][_key(row)] for name in names}}
-      for row in _responses(workdir) if all(_key(row) in found[name] for name in names)]
-
-
-def read_claim(workdir: str | pathlib.Path) -> dict[str, Any]:
-  """evaluation.json: "config" (of the last command, without judges), "models" (their identity), "rows" and files.
-
-  Raises:
-    ValueError: there is none.
-  """
-  path = pathlib.Path(workdir).expanduser() / "evaluation.json"
-  if not path.exists():
-    raise ValueError(f"{workdir} holds no evaluation; expected the --workdir of one (eval.py).")
-  return json.loads(path.read_text())
-
-
-def _responses(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """What `read_results` says of responses; in the order of suites and attacks, whichever was answered first."""
-  if not (workdir / "evaluation.json").exists():
-    return []
-  config, first = read_claim(workdir)["config"], {}
-  suites, attacks = config["suites"].split(","), config["attacks"]
-  for record in Records(workdir / "responses.jsonl").read():
-    if record["method"] in attacks or record["label"] == 0:  # Benign ones are direct, whether that is an attack or not.
-      first.setdefault(_key(record), record)
-  place = lambda row: (suites.index(row["suite"]), ["direct", *attacks].index(row["method"]))
-  return sorted(first.values(), key=place)
-
-
-_KEYS = ("suite", "method", "model", "index", "attempt")
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-  return tuple(record[key] for key in _KEYS)
-
-
-def _judgements(workdir: pathlib.Path, judge: str) -> Records:
-  return Records(workdir / "judgements" / (urllib.parse.quote(judge, safe=":") + ".jsonl"))
 
 
 def _plan(config: EvalConfig, suites: dict[str, list[sources.Row]]) -> list[tuple[str, str, list[int]]]:
@@ -318,7 +146,7 @@ def _respond(
     config: EvalConfig, suites: dict[str, list[sources.Row]], models: Models,
     attempts: dict[tuple[str, str, str, int], list[attacks_lib.Attempt]], records: Records) -> None:
   """Has every model answer what it has not answered yet, a few batches at a time."""
-  there = {_key(record) for record in records.read()}
+  there = {evaluation.key_of(record) for record in records.read()}
   groups: dict[Any, list[Any]] = {}  # What can share a batch.
   for (suite, method, model, index), made in attempts.items():
     for number, attempt in enumerate(made):
@@ -378,13 +206,13 @@ def _record(
 def _judge(
     name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records) -> None:
   """Has one judge judge what it has not judged yet, or judged in another version."""
-  there = {_key(record): record["judgement"]["version"] for record in records.read()}  # The last counts.
-  missing = [row for row in responses if there.get(_key(row)) != judge.version]
+  there = {evaluation.key_of(record): record["judgement"]["version"] for record in records.read()}  # The last counts.
+  missing = [row for row in responses if there.get(evaluation.key_of(row)) != judge.version]
   with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
     for at in range(0, len(missing), judge.at_a_time):
       rows = missing[at : at + judge.at_a_time]
       write = lambda judged, rows=rows: records.append(
-          {key: row[key] for key in _KEYS} | {"judgement": dataclasses.asdict(judgement)}
+          {key: row[key] for key in evaluation.KEYS} | {"judgement": dataclasses.asdict(judgement)}
           for row, judgement in zip(rows, judged))
       try:
         write(judge.judge_many([
@@ -402,8 +230,8 @@ def _check(config: EvalConfig) -> None:
     if isinstance(names, str) or not names or len(set(names)) != len(names):
       raise ValueError(f"{field} is {names!r}; expected a tuple of different names, at least one.")
   for name in config.models:
-    if name not in MODELS:
-      raise ValueError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
+    if name not in subjects.MODELS:
+      raise ValueError(f"model is {name!r}; expected one of {', '.join(subjects.MODELS)}.")
   if config.max_new_tokens < 1 or config.batch_size < 1 or config.max_rows < 0:
     raise ValueError(
         f"max_new_tokens is {config.max_new_tokens}, batch_size {config.batch_size}, max_rows {config.max_rows}; "
@@ -412,70 +240,3 @@ def _check(config: EvalConfig) -> None:
 
 def _plain(config: EvalConfig) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _digest(suites: dict[str, list[sources.Row]]) -> str:
-  return hashlib.sha256(json.dumps({
-      suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}).encode()).hexdigest()
-
-
-def _claim_workdir(workdir: pathlib.Path, claim: dict[str, Any]) -> None:
-  """Says in evaluation.json what is evaluated there; files of attacks that an earlier command named stay named.
-
-  Raises:
-    ValueError: it says already that something else is.
-  """
-  path = workdir / "evaluation.json"
-  if path.exists():
-    theirs = read_claim(workdir)
-    different = [f"{name} is {now!r} now and {then!r} there" for name, now, then in _differences(claim, theirs)]
-    if claim["rows"] != theirs["rows"]:
-      different.append(f"the digest of the prompts is {claim['rows']!r} now and {theirs['rows']!r} there")
-    if different:
-      raise ValueError(
-          f"{workdir} holds another evaluation: {'; '.join(different)}. Choose another --workdir, or give the config "
-          "of that evaluation to resume it.")
-    claim = claim | {"attack files": theirs.get("attack files", {}) | claim["attack files"]}
-  staging.write_text(path, json.dumps(claim, indent=2) + "\n")
-
-
-def _differences(claim: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-  """(setting, here, there) of all that makes another evaluation, its prompts aside; a row names its own attack."""
-  defaults = dataclasses.asdict(SafetyConfig())  # Of settings that an older evaluation did not know.
-  flat = lambda config: config | {f"safety.{name}": value for name, value in (defaults | config["safety"]).items()}
-  settings, others = flat(claim["config"]), flat(other["config"])
-  files, other_files = claim.get("attack files", {}), other.get("attack files", {})
-  pairs = [(name, settings.get(name), others.get(name)) for name in settings | others
-           if name not in ("attacks", "safety")]
-  pairs += [(f"the digest of {name}", files[name], other_files[name]) for name in files if name in other_files]
-  pairs.append(("the model", claim["models"], other["models"]))
-  return [pair for pair in pairs if pair[1] != pair[2]]
-
-
-def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m saess_jax.evaluate", description="Compares two evaluations.")
-  parser.add_argument("workdirs", nargs=2, metavar="OUT", help="workdirs of two evaluations (eval.py)")
-  parser.add_argument("--judge", default="rules", help="whose verdicts count; it has to have judged both")
-  options = parser.parse_args(argv)
-  try:
-    different = _differences(*map(read_claim, options.workdirs))
-    a, b = (_judged(workdir, options.judge) for workdir in options.workdirs)
-    print(metrics_lib.compare(a, b, options.judge))
-  except ValueError as error:
-    raise SystemExit(f"{error} (A: {options.workdirs[0]}, B: {options.workdirs[1]})") from None
-  if different:
-    print("A and B differ in " + ", ".join(f"{name} ({ours!r}, {theirs!r})" for name, ours, theirs in different) + ".")
-
-
-def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
-  """`read_results` of one judge; ValueError if it has judged nothing there."""
-  rows = read_results(workdir, [judge])
-  if not rows:
-    raise ValueError(
-        f"{judge} has judged nothing in {workdir}; ask for another --judge, or give that evaluation's command again "
-        f"with --config.judges=\"('{judge}',)\": it needs no new responses.")
-  return rows
-
-
-if __name__ == "__main__":
-  main()

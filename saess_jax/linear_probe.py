@@ -26,7 +26,8 @@ import numpy as np
 import optax
 import tqdm
 
-from saess_jax import attacks, batching, checkpoint, evaluate, metrics
+from saess_jax import attacks, batching, checkpoint, metrics
+from saess_jax import suites as suites_lib
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.masks import TokenKind
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
   try:
     depths = [int(depth) for depth in options.prefill.split(",")]
     ways = {depth: attacks.make_attack(f"prefill_{depth}" if depth else "direct") for depth in depths}
-    suites = evaluate.suites_of(EvalConfig(suites=options.suites, max_rows=options.rows, seed=options.seed))
+    suites = suites_lib.load_suites(EvalConfig(suites=options.suites, max_rows=options.rows, seed=options.seed))
     if not 0 <= options.false_alarms < 1 or options.rows < 0:
       raise ValueError(
           f"false_alarms is {options.false_alarms} and rows {options.rows}; expected a share in [0, 1) and 0 or more.")

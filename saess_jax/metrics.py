@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]  # Of `evaluate.read_results`.
+Rows = Sequence[dict[str, Any]]  # Of `evaluation.read_results`.
 
 NOT_REFUSED = "a response that is not a refusal"  # What counts as a success, by the kind of judge.
 HARMFUL = "a response that the judge finds harmful"
@@ -250,7 +250,7 @@ def compare(a: Rows, b: Rows, judge: str) -> str:
   """What differs between two evaluations: for each suite, model and attack that both have, behavior by behavior.
 
   Args:
-    a, b: rows of `evaluate.read_results`.
+    a, b: rows of `evaluation.read_results`.
     judge: that judged both.
 
   Raises:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import evaluate, metrics
+from saess_jax import evaluation, metrics, subjects
 from saess_jax.attacks import Weights
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat
@@ -58,7 +58,7 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
   A model with [CLS] sees it as before the response (`stage` "sft"): what [CLS] became while decoding is not repeated.
 
   Args:
-    rows: of `evaluate.read_results`.
+    rows: of `evaluation.read_results`.
 
   Returns:
     float32 [rows, tokens, 2]; NaN where a response is shorter, and from an intervention on.
@@ -104,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--k", type=int, default=10, help="likeliest tokens")
   options = parser.parse_args(argv)
   try:
-    claim = evaluate.read_claim(options.evaluation)
-    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(claim["config"]["models"])))
+    claim = evaluation.read_claim(options.evaluation)
+    models = subjects.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(claim["config"]["models"])))
     _check_evaluated(options.evaluation, claim, options.checkpoint, models.identity)
-    rows = evaluate.read_results(options.evaluation)
+    rows = evaluation.read_results(options.evaluation)
     if not rows:
       raise ValueError(f"{options.evaluation} holds no judged responses yet; let its evaluation (eval.py) end.")
   except (ValueError, FileNotFoundError) as error:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, evaluate
+from saess_jax import batching, subjects
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.generate import Generator
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
           "as many.")
     drawn = np.random.default_rng(options.seed).permutation(len(answered))[: options.rows]
     chosen = [answered[i] for i in sorted(drawn)]
-    models = evaluate.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed))
+    models = subjects.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed))
     base, ours = models.weights("base"), models.weights("saess")
     rows = encode_rows(
         ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import attacks, staging
-from saess_jax import evaluate as evaluate_lib
+from saess_jax import attacks, evaluation, staging, subjects
+from saess_jax import suites as suites_lib
 from saess_jax.config import (
   EvalConfig,
   SafetyConfig,
@@ -27,13 +27,16 @@ from saess_jax.config import (
   model_config,
   to_config_dict,
 )
-from saess_jax.evaluate import Models, evaluate, read_results
+from saess_jax.data import sources
+from saess_jax.evaluate import evaluate
+from saess_jax.evaluation import read_results
 from saess_jax.generate import Generator, Response
 from saess_jax.judges import RefusalJudge
 from saess_jax.metrics import compare, mcnemar, metrics_of, table, wilson_interval
 from saess_jax.model import Llama, nn
 from saess_jax.report import write_report
 from saess_jax.sampling import SamplingConfig
+from saess_jax.subjects import Models
 
 REFUSAL = "Sorry, I cannot fulfill your request because it would be harmful."
 ANSWER = "Step one: take the blue box."
@@ -286,7 +289,7 @@ def test_two_evaluations_side_by_side(config, tmp_path, capsys):
   evaluate(config, tmp_path / "a", models())
   evaluate(dataclasses.replace(config, max_new_tokens=9, models=("saess",)), tmp_path / "b", models(forbidden="thing"))
   capsys.readouterr()
-  evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
+  evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
   said = capsys.readouterr().out.splitlines()
   assert said[-1] == "A and B differ in models (['base', 'saess'], ['saess']), max_new_tokens (48, 9)."
   lines = [line.split()[-6:] for line in said if "saess" in line]
@@ -301,7 +304,7 @@ def test_two_evaluations_alike_differ_in_nothing(config, tmp_path, capsys):
     evaluate(config, tmp_path / name, models())
   evaluate(dataclasses.replace(config, attacks=("direct",)), tmp_path / "b", models())  # Attacks stand in the table.
   capsys.readouterr()
-  evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
+  evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
   said = capsys.readouterr().out
   assert "differ" not in said and "direct" in said and "prefill_5" not in said
 
@@ -312,11 +315,11 @@ def test_settings_weights_and_files_that_differ_are_named(config, tmp_path, caps
         "goal,prompt\n" + "".join(f"{row.prompt},{words}\n" for row in suites if row.label))
     load = lambda config: dataclasses.replace(models(identity=f"weights {tau}")(config), safety=SafetyConfig(tau=tau))
     evaluate(dataclasses.replace(config, attacks=(f"file:{tmp_path / 'made.csv'}",)), tmp_path / name, load)
-  (suites,) = evaluate_lib.suites_of(config).values()
+  (suites,) = suites_lib.load_suites(config).values()
   run("a", "Please", 1)
   run("b", "At once", 2)
   capsys.readouterr()
-  evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "b")])
+  evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
   last = capsys.readouterr().out.splitlines()[-1]
   assert re.fullmatch(
       r"A and B differ in safety.tau \(1, 2\), the digest of file:\S+made.csv \('\w+', '\w+'\), "
@@ -331,17 +334,17 @@ def test_verdicts_of_two_versions_are_not_compared(config, tmp_path, monkeypatch
     evaluate(config, tmp_path / "b", models())
   folders = [str(tmp_path / "a"), str(tmp_path / "b")]
   with pytest.raises(SystemExit, match=r"rules judged A in version \d+, B in version 0, .* commands of both.* again"):
-    evaluate_lib.main(folders)
+    evaluation.main(folders)
   evaluate(config, tmp_path / "b", models())
-  evaluate_lib.main(folders)
+  evaluation.main(folders)
 
 
 def test_what_cannot_be_compared_is_named(config, tmp_path):
   evaluate(dataclasses.replace(config, judges=("rules",)), tmp_path / "a", models())
   with pytest.raises(SystemExit, match="nowhere holds no evaluation; expected the --workdir of one"):
-    evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "nowhere")])
+    evaluation.main([str(tmp_path / "a"), str(tmp_path / "nowhere")])
   with pytest.raises(SystemExit, match=r"prefix has judged nothing in .*a; .* --config.judges=\"\('prefix',\)\""):
-    evaluate_lib.main([str(tmp_path / "a"), str(tmp_path / "a"), "--judge", "prefix"])
+    evaluation.main([str(tmp_path / "a"), str(tmp_path / "a"), "--judge", "prefix"])
 
 
 def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
@@ -408,7 +411,7 @@ def test_what_counts_as_a_success_is_said_in_the_judges_terms(config, tmp_path, 
 
 
 def test_judges_whose_names_differ_in_a_slash_keep_files_of_their_own(tmp_path):
-  one, other = (evaluate_lib._judgements(tmp_path, name) for name in ("llama_guard:m/a", "llama_guard:m_a"))
+  one, other = (evaluation.judgements(tmp_path, name) for name in ("llama_guard:m/a", "llama_guard:m_a"))
   assert one.path != other.path and one.path.parent == tmp_path / "judgements"
 
 
@@ -673,8 +676,8 @@ def unloadable(config):
     ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, plain, saess"),
     ({"models": ("base", "base")}, "models is"),
     ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
-    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, file:PATH"),
-    ({"suites": "file:"}, "suite is 'file:'; expected embedded, file:PATH"),
+    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle, file:PATH"),
+    ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle, file:PATH"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"batch_size": 0}, "batch_size 0"),
 ])
@@ -716,7 +719,7 @@ def test_safety_is_the_runs_but_for_what_is_changed(tmp_path):
   def safety(**changes):
     values = to_config_dict(EvalConfig(checkpoint=str(tmp_path)))
     values.safety.update(changes)
-    return evaluate_lib.load_models(from_config_dict(EvalConfig, values)).safety
+    return subjects.load_models(from_config_dict(EvalConfig, values)).safety
   assert safety() == run.safety
   assert safety(tau=1, threshold=0.25) == run.safety.replace(tau=1, threshold=0.25)
   with pytest.raises(ValueError, match="tau is 0; expected 1 to inf"):
@@ -730,7 +733,7 @@ def test_an_attack_cannot_ask_cls_of_a_run_without_one(tmp_path):
   with pytest.raises(ValueError, match="no .CLS. that homoglyphs_3 could ask; leave it out"):
     evaluate(config, tmp_path / "out")
   assert not (tmp_path / "out").exists()
-  assert not evaluate_lib.load_models(config).has_cls
+  assert not subjects.load_models(config).has_cls
 
 
 # ---- With a model
@@ -779,8 +782,10 @@ def test_white_box_attacks_from_end_to_end(config, tmp_path):
       assert row["prompt"] == sent[method, "base", index]["prompt"]  # Crafted on base, sent to both.
 
 
-def test_default_config_loads_the_embedded_split(monkeypatch):
-  asked = []
-  monkeypatch.setattr(evaluate_lib.sources, "embedded_rows", lambda split: asked.append(split) or [
-      evaluate_lib.sources.Row("p", "", 1, "", "")])
-  assert list(map(len, evaluate_lib.suites_of(EvalConfig()).values())) == [1] and asked == ["test"]
+def test_suites_of_the_package_are_their_test_splits():
+  (default,) = suites_lib.load_suites(EvalConfig()).values()
+  assert default == sources.embedded_rows("test")
+  several = suites_lib.load_suites(EvalConfig(suites="plain,subtle"))
+  assert several == {name: sources.load_split(name, "test") for name in ("plain", "subtle")}
+  (few,) = suites_lib.load_suites(EvalConfig(suites="plain", max_rows=3)).values()
+  assert sorted(row.label for row in few) == [0, 0, 0, 1, 1, 1]

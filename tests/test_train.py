@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, evaluate, masks, model, runs, sharding, train
+from saess_jax import aot, checkpoint, decode, masks, model, runs, sharding, subjects, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -266,8 +266,8 @@ def test_a_rival_of_few_rollouts_and_one_that_goes_on_from_it(data, tmp_path, ca
   sampled = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("sft", "dpo")]
   assert sampled[0] == sampled[1]
   with pytest.raises(ValueError, match="trained with objective 'sft' and has no .CLS.; expected --config.models"):
-    evaluate.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft")))
-  evaluate.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft"), models=("plain",)))
+    subjects.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft")))
+  subjects.load_models(config_lib.EvalConfig(checkpoint=str(tmp_path / "sft"), models=("plain",)))
   published = dataclasses.replace(first, weights="somewhere/base")
   (tmp_path / "sft" / "config.json").write_text(json.dumps(dataclasses.asdict(published)))
   with pytest.raises(ValueError, match="trained with objective 'sft': it has no .CLS., and an adapter is one"):

@@ -36,7 +36,7 @@ def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathl
 
   Args:
     metrics: of `metrics.metrics_of`.
-    rows: of `evaluate.read_results`, those that `metrics` were made of.
+    rows: of `evaluation.read_results`, those that `metrics` were made of.
     path: of the page; its rows name lines of the responses.jsonl beside it.
   """
   path = pathlib.Path(path)

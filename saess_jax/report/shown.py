@@ -12,7 +12,7 @@ from typing import Any
 
 from saess_jax.report.markup import shorten
 
-Row = dict[str, Any]  # Of `evaluate.read_results`.
+Row = dict[str, Any]  # Of `evaluation.read_results`.
 _OFFLINE = ("rules", "prefix")  # Their reasons hold nothing of a response but a refusal's words; see `judges`.
 
 

@@ -1,0 +1,97 @@
+"""Who is evaluated: trained weights with their signal ("saess"), without it ("plain"), and their start ("base")."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saess_jax import adapters, attacks, checkpoint, generate, runs
+from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
+from saess_jax.model import Llama
+
+MODELS = ("base", "plain", "saess")
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """What is evaluated.
+
+  Attributes:
+    identity: says which weights these are, so that an evaluation is not resumed with others.
+    has_cls: the trained weights come with a [CLS] that can be asked; a rival's do not.
+    generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
+    weights: model -> what a white-box attacker reads.
+    safety: what "saess" decodes by.
+  """
+
+  identity: str
+  has_cls: bool
+  generator: Callable[[str, int], Any]
+  weights: Callable[[str], attacks.Weights]
+  safety: SafetyConfig
+
+
+def load_models(config: EvalConfig) -> Models:
+  """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
+
+  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
+  "plain". Weights that were trained from no others are their own base. Weights are read when they are first asked.
+
+  Raises:
+    ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
+      "saess" of a rival's run.
+  """
+  path = config.checkpoint
+  if not path:
+    raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
+  settings = checkpoint.settings_of(path)
+  identity, trained, step = path, None, None
+  if checkpoint.is_run(path):
+    trained = runs.read_config(path)
+    if trained.objective != "saess" and "saess" in config.models:
+      raise ValueError(
+          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
+          "\"('base','plain')\", its weights decoded plainly.")
+    checkpoints = checkpoint.Checkpoints(path)
+    step = checkpoints.best_step()
+    checkpoints.close()
+    if step is None:
+      raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
+    written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
+    identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
+  elif path.endswith(".safetensors"):
+    identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
+  changes = {name: value for name, value in config.safety.items() if value is not None}
+  safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
+  layout = checkpoint.layout_of(path)
+  research = functools.cache(lambda: checkpoint.load_for_research(path, step)[:3])
+
+  @functools.cache
+  def weights(name: str) -> attacks.Weights:
+    if name != "base":
+      return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
+    if trained is not None:
+      shape, params, tokenizer = checkpoint.load_base(trained)
+      params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
+      return attacks.Weights(Llama(shape), params, tokenizer, None, **layout)
+    if path.endswith(".safetensors"):
+      model, params, _, _ = checkpoint.load_for_research(adapters.load(path).base)
+      return attacks.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.
+    return attacks.Weights(*research(), None, **layout)
+
+  @functools.cache  # A generator keeps what it has compiled.
+  def generator(name: str, max_new_tokens: int) -> generate.Generator:
+    asked = weights(name)
+    return generate.Generator(
+        asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
+        batch_size=config.batch_size, seed=config.seed, **layout)
+
+  return Models(identity, trained is None or trained.objective == "saess", generator, weights, safety)
