@@ -30,16 +30,19 @@ WEIGHTS = TrainConfig(
     # A fifth to a quarter faster than float32 on CPUs that have it. Where /proc/cpuinfo names neither avx512_bf16 nor
     # amx_bf16 it is emulated, and float32 the faster: --config.matmul_dtype=.
     matmul_dtype="bfloat16",
+    # Plain words and dialogues beside the embedded rows are what moved the verdict on requests of another kind
+    # (docs/results.md).
     data=DataConfig(
-        max_validation_rows=96, responses="rollouts", bare_queries=True, refusal_depth=24,
-        opener_depth=40, max_length=160, max_response=40, buckets=(20, 24, 32, 44, 64, 80, 112, 160), batch_size=8),
+        source="embedded,plain", max_validation_rows=96, responses="rollouts", bare_queries=True, histories=0.12,
+        refusal_depth=24, opener_depth=40, max_length=256, max_response=40,
+        buckets=(20, 24, 32, 44, 64, 80, 112, 160, 208, 256), batch_size=8),
     rollouts=RolloutConfig(max_prompts=1920, tokens=24, batch_size=64),
     probes=ProbeConfig(min_window=1, benign_weight=6.0),
-    # Two thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
+    # Three thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
     loss=LossConfig(cls_weight=1.0, kl_weight=1.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
     # Windows beside the query tell more than windows alone (docs/earlier.md).
-    safety=SafetyConfig(threshold=0.2, rule2_keeps_query=True),
+    safety=SafetyConfig(threshold=0.1, rule2_keeps_query=True),
     eval_every=0, save_every=1000, keep_last=1,
 )
 ADAPTER = dataclasses.replace(
