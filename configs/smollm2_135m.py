@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns the safety signal on two cores: the two runs behind adapters/ (`make train`).
+"""SmolLM2-135M-Instruct learns the safety signal on two cores: two runs from scratch (`make train`).
 
   weights     all of them, one pass over the data; `saess_jax.convert run2adapter --rank 32` then keeps the 32 strongest
               directions of what each projection learned
@@ -6,8 +6,8 @@
               the language model comes back to its base
 
 Time is what is scarce, so tokens go where the signal is: every query is read once, without its system text, up to
-[CLS]; the responses of some are read for the probes, the explanations and the model's own voice. Small batches learn
-the signal fastest per query (docs/earlier.md).
+[CLS], an eighth of them behind dialogues; the responses of some are read for the probes, the explanations and the
+model's own voice. Small batches learn the signal fastest per query (docs/earlier.md).
 """
 
 import dataclasses

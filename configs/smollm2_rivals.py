@@ -5,7 +5,7 @@
                al. 2024, "Safety alignment should be made more than just a few tokens deep")
   dpo          preferences between refusals and answers, from where sft ended: --config.weights=RUN_OF_SFT
 
-They read the rows that configs/smollm2_135m.py samples rollouts for, once. An evaluation of
+They read the embedded set, 1,280 rows of it with a rollout, once. An evaluation of
 `--config.models="('base','plain')"` decodes them plainly, as they were trained.
 """
 

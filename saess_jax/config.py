@@ -194,8 +194,9 @@ class DataConfig:
   # n (with refusal_depth): half of these refusals, and of the base's answers to benign requests, stand behind up to n
   # tokens of an attacker's opener with numbered filler (data/openers.py), which are no target either.
   opener_depth: int = 0
-  # This share of the queries that are read alone stand behind 1 to history_turns dialogues (other, benign requests of
-  # the data, as the base model answered them), as many as max_length holds; the label stays that of the query.
+  # This share of the queries that are read alone stand behind 1 to history_turns dialogues: other, benign requests of
+  # the data, as the base model began to answer them (rollouts.tokens). As many as max_length holds with the whole
+  # template; the label stays that of the query.
   histories: float = 0.0
   history_turns: int = 8
 

@@ -34,7 +34,7 @@ from saess_jax.subjects import Models
 def evaluate(
     config: EvalConfig, workdir: str | pathlib.Path, load: Callable[[EvalConfig], Models] = subjects.load_models
 ) -> dict[str, Any]:
-  """Runs what is not there yet, writes everything named above, prints a table and returns the metrics.
+  """Runs what is not there yet, writes the files that `evaluation` names, prints a table and returns the metrics.
 
   Args:
     workdir: an empty or new folder, or one in which this same evaluation was begun (with these attacks and judges or

@@ -2,7 +2,7 @@
 
   python -m saess_jax.sharpness --checkpoint RUN --evaluation OUT
 
-The paper's probe experiment, over the responses that an evaluation stored (`evaluate.py`; attacks direct, prefill_N,
+The paper's probe experiment, over the responses that an evaluation stored (`evaluation.py`; attacks direct, prefill_N,
 nested): the responses are read again, token by token, by the model that gave them. Where a model that was aligned by
 examples alone hesitates between refusing and complying, its first tokens are flat; with an explicit signal they need
 not be. K, and that sharpness is the likeliest token's share, are our choice: the paper names the two without formulas.

@@ -131,12 +131,15 @@ def test_only_as_many_dialogues_as_fit_stand_before_a_query():
       CONFIG.data, responses="rollouts", histories=1.0, history_turns=9, max_length=200, buckets=(200,))
   rows = [Row(f"Who bakes bread {n}?", "", 0, "", "") for n in range(9)]
   rollouts = {row.prompt: "Bakers do." for row in rows}
+  counts = set()
   long, none = (Row("Kill " * count + "him?", "", 1, "", "") for count in (4, 50))
   for seed in range(20):
     *_, some, alone = build([*rows, long, none], rollouts, dataclasses.replace(CONFIG, data=data, seed=seed))
     assert len(some.tokens) <= 200 and len(alone.tokens) <= 200
     texts = [tiny_tokenizer().decode(example.tokens) for example in (some, alone)]
-    assert 1 <= texts[0].count("Bakers do.") < 9 and texts[1].count("Bakers do.") == 0
+    counts.add(texts[0].count("Bakers do."))
+    assert texts[1].count("Bakers do.") == 0
+  assert len(counts) > 2 and max(counts) == 5  # Six are more than 200 tokens.
 
 
 def test_openers_in_training_are_not_those_of_attacks():
