@@ -787,5 +787,8 @@ def test_suites_of_the_package_are_their_test_splits():
   assert default == sources.embedded_rows("test")
   several = suites_lib.load_suites(EvalConfig(suites="plain,subtle"))
   assert several == {name: sources.load_split(name, "test") for name in ("plain", "subtle")}
+  for name, rows in several.items():
+    assert {row.label for row in rows} == {0, 1}
+    assert not {row.prompt for row in rows} & {row.prompt for row in sources.load_split(name, "train")}
   (few,) = suites_lib.load_suites(EvalConfig(suites="plain", max_rows=3)).values()
   assert sorted(row.label for row in few) == [0, 0, 0, 1, 1, 1]

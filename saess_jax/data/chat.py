@@ -85,6 +85,12 @@ def encode_prompt(
   return np.asarray(tokens, np.int32), kinds.astype(np.int32)
 
 
+def conversation(pairs: Sequence[tuple[str, str]], request: str) -> list[dict[str, str]]:
+  """Messages: requests with their answers, in turns, and then the request that is to be answered."""
+  history = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+  return [*history, {"role": "user", "content": request}]
+
+
 def encode_exchange(
     tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, response: str
 ) -> np.ndarray:

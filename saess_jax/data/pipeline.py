@@ -90,15 +90,17 @@ def build_examples(
     ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
     return Example(tokens, kinds, row.label, trajectory, loss_from, len(answer) - int(ended))
 
-  dialogues = [
-      (row.prompt, answer) for row in rows if not row.label and config.data.histories
-      for answer in [tokenizer.decode(encode_response(rollouts.get(row.prompt, "")), skip_special_tokens=True).strip()]
-      if answer and not rollouts_lib.declines(answer)]
-  examples = []
-  for row in rows:
+  def usable(row):
     rollout = encode_response(rollouts.get(row.prompt, ""))
-    if not row.label and rollouts_lib.declines(tokenizer.decode(rollout)):
-      rollout = rollout[:0]
+    return rollout[:0] if not row.label and rollouts_lib.declines(tokenizer.decode(rollout)) else rollout
+
+  sampled = [usable(row) for row in rows]
+  dialogues = [
+      (row.prompt, answer) for row, rollout in zip(rows, sampled)
+      if config.data.histories and not row.label
+      and (answer := tokenizer.decode(rollout, skip_special_tokens=True).strip())]
+  examples = []
+  for row, rollout in zip(rows, sampled):
     if config.objective == "dpo":
       if len(rollout):
         refusal = encode_response((row.label and row.response) or config.safety.fixed_refusal)
@@ -148,13 +150,10 @@ def _behind_dialogues(
   if not dialogues or rng.random() >= config.data.histories:
     return prompt
   drawn = rng.permutation(len(dialogues))[: int(rng.integers(1, 1 + config.data.history_turns))]
-  history = [{"role": role, "content": text}
-             for index in drawn for role, text in zip(("user", "assistant"), dialogues[index])]
-  messages = [*history, {"role": "user", "content": prompt}]
-  encode = functools.partial(chat.encode_prompt, tokenizer, system_prompt=config.data.system_prompt)
-  while len(messages) > 1 and len(encode(messages)[0]) > config.data.max_length - 2:
-    messages = messages[2:]
-  return messages
+  last = lambda count: chat.conversation([dialogues[i] for i in drawn[len(drawn) - count:]], prompt)
+  length = lambda messages: len(chat.encode_prompt(tokenizer, messages, system_prompt=config.data.system_prompt)[0])
+  room = config.data.max_length - 2  # Beside [CLS] and one response token, as `chat.encode_example` wants it.
+  return last(bisect.bisect_right(range(1, 1 + len(drawn)), room, key=lambda count: length(last(count))))
 
 
 def unfinished(examples: Sequence[Example]) -> tuple[int, int]:
