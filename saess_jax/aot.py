@@ -28,13 +28,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import config_flags
 
-from saess_jax import attention, decode, sharding, train
+from saess_jax import attention, command, decode, sharding, train
 from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
@@ -349,10 +348,9 @@ def report_decode(config: TrainConfig, topology: str, batch: int, prompt: int, t
       "step_seconds_bound": step / chip.hbm_bandwidth, "bytes_ratio_each_vs_off": step / without}
 
 
-def main(argv):
-  del argv
+def main(config):
   given = flags.FLAGS
-  config = config_lib.from_config_dict(TrainConfig, given.config)
+  config = config_lib.from_config_dict(TrainConfig, config)
   if given.what == "train":
     report = report_train(config, given.topology)
   else:
@@ -365,12 +363,10 @@ def main(argv):
 
 
 if __name__ == "__main__":  # Flags are the process's: whoever imports this module has his own.
-  config_flags.DEFINE_config_file("config", None, "A training config under configs/.", lock_config=True)
   flags.DEFINE_string("topology", "v5e:16x16", "CHIP:AxB (v5e, v6e) or CHIP:AxBxC (v4, v5p).")
   flags.DEFINE_enum("what", "train", ["train", "decode"], "The training step, or the decoding loop.")
   flags.DEFINE_bool("json", False, "One JSON object as the last line.")
   flags.DEFINE_integer("batch", 8, "Decoding: rows.", lower_bound=1)
   flags.DEFINE_integer("prompt", 512, "Decoding: stored tokens of the prompt.", lower_bound=1)
   flags.DEFINE_integer("tokens", 512, "Decoding: response slots.", lower_bound=1)
-  flags.mark_flags_as_required(["config"])
-  app.run(main)
+  command.run(main)

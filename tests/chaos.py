@@ -277,8 +277,8 @@ cp -r {workdir} {chaos.folder}/full_kept
 
 
 def _last_error(said: str, workdir: pathlib.Path) -> str:
-  """The last line of the last traceback, with the folder's name for its path."""
-  lines = [line for line in said.splitlines() if line.startswith(("ValueError: ", "SaveFailed: ", "saess_jax."))]
+  """The last line that says what ended a run, with the folder's name for its path."""
+  lines = [line for line in said.splitlines() if line.startswith(("train.py: error: ", "SaveFailed: ", "saess_jax."))]
   line = lines[-1] if lines else said[-200:]
   return "`" + line.replace(str(workdir), "RUN").replace(str(workdir.parent) + "/", "").replace("|", "/") + "`"
 
