@@ -30,7 +30,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from side_by_side import compare, ratio, torch_model  # noqa: E402
 
-from saess_jax import checkpoint, sharding, train  # noqa: E402
+from saess_jax import hf, pretrained, sharding, train  # noqa: E402
 from saess_jax import model as model_lib  # noqa: E402
 from saess_jax.config import LossConfig, MeshConfig, OptimizerConfig, ProbeConfig, TrainConfig  # noqa: E402
 from saess_jax.data import sources  # noqa: E402
@@ -185,8 +185,8 @@ def main() -> None:
   parser.add_argument("--tunix", action="store_true", help="beside Tunix's trainer too, which has to be installed")
   options = parser.parse_args()
   plan = QUICK if options.quick else Plan()
-  shape, base, tokenizer = checkpoint.load_base(CONFIG)
-  ours, rivals = Ours(shape, base), {"torch": Torch(checkpoint.hf.load_pretrained(CONFIG.weights))}
+  shape, base, tokenizer = pretrained.load_base(CONFIG)
+  ours, rivals = Ours(shape, base), {"torch": Torch(hf.load_pretrained(CONFIG.weights))}
   if options.tunix:
     rivals["tunix"] = Tunix(shape)
   found = measure(ours, rivals, tokenizer, *plan.shape, ["plain", "cls", "probes"], plan.rounds)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import adapters, checkpoint, gguf, hf, runs, snapshot, staging, weights
+from saess_jax import adapters, checkpoint, gguf, hf, pretrained, runs, snapshot, staging, weights
 from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.export import export_hf
@@ -38,7 +38,7 @@ def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
   staging.refuse_existing(folder)
   loaded = hf.load_pretrained(source, dtype, progress="reading")
   safety = SafetyConfig() if loaded.safety is None else loaded.safety
-  layout = checkpoint.layout_of(source)
+  layout = pretrained.settings_of(source).layout
   snapshot.write(folder, loaded.config, loaded.params, loaded.tokenizer, safety, str(source), layout)
   said = f"{folder}: {count_parameters(loaded.config):,} parameters in {dtype}."
   if not check:
@@ -63,10 +63,11 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   """
   staging.refuse_existing(folder)
   is_adapter = pathlib.Path(source).suffix == ".safetensors"
-  if not (checkpoint.is_run(source) or snapshot.is_snapshot(source) or is_adapter):
+  if not (runs.is_run(source) or snapshot.is_snapshot(source) or is_adapter):
     raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
-  model, params, tokenizer, safety = checkpoint.load_for_research(source, step)
-  export_hf(folder, model.config, params, tokenizer, safety, **checkpoint.layout_of(source), progress="writing")
+  model, params, tokenizer, safety = pretrained.load_for_research(source, step)
+  layout = pretrained.settings_of(source).layout
+  export_hf(folder, model.config, params, tokenizer, safety, **layout, progress="writing")
   said = f"{folder}: {count_parameters(model.config):,} parameters in {params['embed']['embedding'].dtype}."
   if not check:
     return said
@@ -93,7 +94,7 @@ def to_adapter(
   chosen = {} if threshold is None else {"threshold": threshold}
   SafetyConfig(**chosen)  # Raises what is wrong with it.
   before = adapters.load(start) if start else None
-  adapter = checkpoint.read_adapter(source, step, rank)
+  adapter = pretrained.read_adapter(source, step, rank)
   adapter = adapters.between(before, adapter, strength) if before else adapters.weaken(adapter, strength)
   adapter = dataclasses.replace(adapter, safety=dataclasses.replace(adapter.safety, **chosen))
   adapters.save(file, adapter, dtype)
@@ -146,7 +147,7 @@ class Description:
 
 def describe(source: str) -> Description:
   """Raises what the readers of that kind of weights raise."""
-  if checkpoint.is_run(source):
+  if runs.is_run(source):
     return _describe_run(source)
   if snapshot.is_snapshot(source):
     settings = snapshot.read_settings(source)

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 import tqdm
 
-from saess_jax import checkpoint, terminal, trace
 from saess_jax import decode as decode_lib
+from saess_jax import pretrained, terminal, trace
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -293,11 +293,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.error("--prefix belongs to one response: give --prompt too.")
   colours = terminal.has_colours(sys.stdout)
   try:
-    model, params, tokenizer, safety = checkpoint.load_for_research(options.checkpoint)
+    model, params, tokenizer, safety = pretrained.load_for_research(options.checkpoint)
     generator = Generator(
         model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
         SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, seed=options.seed,
-        **checkpoint.layout_of(options.checkpoint))
+        **pretrained.settings_of(options.checkpoint).layout)
     if options.prompt is None:
       sys.stderr.write("A request a line; /new forgets the chat, /quit or Ctrl-D ends it.\n")
       terminal.converse(generator, sys.stdin, sys.stdout, colours)

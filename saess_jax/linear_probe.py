@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import tqdm
 
-from saess_jax import attacks, batching, checkpoint, metrics
+from saess_jax import attacks, batching, metrics, pretrained
 from saess_jax import suites as suites_lib
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
@@ -151,11 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= options.false_alarms < 1 or options.rows < 0:
       raise ValueError(
           f"false_alarms is {options.false_alarms} and rows {options.rows}; expected a share in [0, 1) and 0 or more.")
-    model, params, tokenizer, _ = checkpoint.load_for_research(options.weights)
+    model, params, tokenizer, _ = pretrained.load_for_research(options.weights)
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
-  states = functools.partial(
-      hidden_states, model, params, tokenizer, system_prompt=checkpoint.layout_of(options.weights)["system_prompt"])
+  system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
+  states = functools.partial(hidden_states, model, params, tokenizer, system_prompt=system_prompt)
   asked = lambda rows: states([row.prompt for row in rows])
   labels = lambda rows: np.array([row.label for row in rows])
   splits = [sources.draw_evenly(sources.embedded_rows(split), options.rows, options.seed)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, checkpoint, generate
+from saess_jax import batching, generate, pretrained
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -39,14 +39,14 @@ def load(checkpoint_path: str, weights: str) -> tuple[Llama, Params, Any, Safety
   """A trained run, or plain weights (which have a fresh [CLS]): (model, params, tokenizer, settings, layout).
 
   Raises:
-    ValueError: both are given, or neither; else as `checkpoint.load_for_research`.
+    ValueError: both are given, or neither; else as `pretrained.load_for_research`.
   """
   if bool(checkpoint_path) == bool(weights):
     raise ValueError(
         f"checkpoint is {checkpoint_path!r} and weights is {weights!r}; expected one of the two: a training run, or "
         "weights as `hf.load_pretrained` takes them.")
   path = checkpoint_path or weights
-  return *checkpoint.load_for_research(path), checkpoint.layout_of(path)
+  return *pretrained.load_for_research(path), pretrained.settings_of(path).layout
 
 
 @functools.cache

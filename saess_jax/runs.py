@@ -21,6 +21,12 @@ from saess_jax.config import TrainConfig
 from saess_jax.data import sources
 
 
+def is_run(path: str | pathlib.Path) -> bool:
+  """Whether `path` is the workdir of a training run."""
+  folder = pathlib.Path(path).expanduser()
+  return (folder / "checkpoints").is_dir() or (folder / "data.json").is_file()
+
+
 def claim(
     workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]]
 ) -> pathlib.Path:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saess_jax import adapters, attacks, checkpoint, generate, runs
+from saess_jax import adapters, attacks, checkpoint, generate, pretrained, runs
 from saess_jax.config import EvalConfig, SafetyConfig, from_config_dict
 from saess_jax.model import Llama
 
@@ -52,9 +52,9 @@ def load_models(config: EvalConfig) -> Models:
   path = config.checkpoint
   if not path:
     raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
-  settings = checkpoint.settings_of(path)
+  settings, layout = pretrained.settings_of(path)
   identity, trained, step = path, None, None
-  if checkpoint.is_run(path):
+  if runs.is_run(path):
     trained = runs.read_config(path)
     if trained.objective != "saess" and "saess" in config.models:
       raise ValueError(
@@ -71,19 +71,18 @@ def load_models(config: EvalConfig) -> Models:
     identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
   changes = {name: value for name, value in config.safety.items() if value is not None}
   safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
-  layout = checkpoint.layout_of(path)
-  research = functools.cache(lambda: checkpoint.load_for_research(path, step)[:3])
+  research = functools.cache(lambda: pretrained.load_for_research(path, step)[:3])
 
   @functools.cache
   def weights(name: str) -> attacks.Weights:
     if name != "base":
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
     if trained is not None:
-      shape, params, tokenizer = checkpoint.load_base(trained)
+      shape, params, tokenizer = pretrained.load_base(trained)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       return attacks.Weights(Llama(shape), params, tokenizer, None, **layout)
     if path.endswith(".safetensors"):
-      model, params, _, _ = checkpoint.load_for_research(adapters.load(path).base)
+      model, params, _, _ = pretrained.load_for_research(adapters.load(path).base)
       return attacks.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.
     return attacks.Weights(*research(), None, **layout)
 

@@ -27,7 +27,7 @@ import optax
 import tqdm
 from absl import logging
 
-from saess_jax import adapters, checkpoint, cluster, events, losses, masks, runs, sharding, staging
+from saess_jax import adapters, checkpoint, cluster, events, losses, masks, pretrained, runs, sharding, staging
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -325,7 +325,7 @@ def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sour
   before = pathlib.Path(config.weights).expanduser() / "rollouts.jsonl"
   with cluster.together("sampling rollouts") as first:
     if first:
-      if checkpoint.is_run(config.weights) and before.is_file() and not path.exists():
+      if runs.is_run(config.weights) and before.is_file() and not path.exists():
         staging.write_text(path, before.read_text(encoding="utf-8"))
       rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
@@ -351,7 +351,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
-    shape, base, tokenizer = checkpoint.load_base(config)
+    shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from test_train import scalars, small_config
 
-from saess_jax import adapters, checkpoint, config, convert, hf, model, sharding, snapshot, train, weights
+from saess_jax import adapters, checkpoint, config, convert, hf, model, pretrained, sharding, snapshot, train, weights
 from saess_jax.config import (
   LoraConfig,
   LossConfig,
@@ -175,10 +175,10 @@ def trained(tmp_path_factory, params):
 
 
 def test_a_run_and_its_adapter_are_one_model(trained, capsys):
-  for_run = checkpoint.load_for_research(trained / "run")
-  alone = checkpoint.load_for_research(trained / "mine.safetensors")
+  for_run = pretrained.load_for_research(trained / "run")
+  alone = pretrained.load_for_research(trained / "mine.safetensors")
   mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
-  spread = checkpoint.load_for_research(trained / "mine.safetensors", mesh=mesh)
+  spread = pretrained.load_for_research(trained / "mine.safetensors", mesh=mesh)
   assert for_run[3] == alone[3] == SafetyConfig(tau=2) and for_run[0] == alone[0]
   for name, leaf in flat(for_run[1]).items():
     np.testing.assert_array_equal(flat(alone[1])[name], leaf, err_msg=name)
@@ -194,7 +194,7 @@ def test_an_adapter_of_a_run_on_a_hugging_face_folder(trained, tmp_path):
   shutil.copytree(trained / "run", tmp_path / "run")
   said = json.loads((tmp_path / "run" / "config.json").read_text()) | {"weights": str(tmp_path / "folder")}
   (tmp_path / "run" / "config.json").write_text(json.dumps(said))
-  adapter, other = checkpoint.read_adapter(tmp_path / "run"), checkpoint.read_adapter(trained / "run")
+  adapter, other = pretrained.read_adapter(tmp_path / "run"), pretrained.read_adapter(trained / "run")
   assert adapter.base == str(tmp_path / "folder")
   assert (adapter.sizes, adapter.fingerprint) == (other.sizes, other.fingerprint)
 
@@ -203,8 +203,8 @@ def test_the_base_may_have_moved(trained, tmp_path):
   (trained / "base").rename(tmp_path / "moved")
   try:
     with pytest.raises(FileNotFoundError, match="base"):
-      checkpoint.load_for_research(trained / "mine.safetensors")
-    assert checkpoint.load_for_research(trained / "mine.safetensors", base=str(tmp_path / "moved"))
+      pretrained.load_for_research(trained / "mine.safetensors")
+    assert pretrained.load_for_research(trained / "mine.safetensors", base=str(tmp_path / "moved"))
   finally:
     (tmp_path / "moved").rename(trained / "base")
 
@@ -216,7 +216,7 @@ def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
       rollouts=RolloutConfig(enabled=False), optimizer=OptimizerConfig(learning_rate=0.0),
       loss=LossConfig(kl_weight=1.0))
   train.train_and_evaluate(run, tmp_path / "run")
-  found, start = checkpoint.read_adapter(tmp_path / "run"), adapters.load(trained / "mine.safetensors")
+  found, start = pretrained.read_adapter(tmp_path / "run"), adapters.load(trained / "mine.safetensors")
   for name, leaf in {**flat(start.lora), **flat(start.cls)}.items():
     np.testing.assert_array_equal({**flat(found.lora), **flat(found.cls)}[name], leaf, err_msg=name)
   # The KL term looks at the base and not at where the run begins.
@@ -234,9 +234,9 @@ def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
 def test_a_run_that_no_adapter_can_name(trained, tmp_path):
   with pytest.raises(ValueError, match="trained from random weights; an adapter is made of a run from published"):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config.TrainConfig())))
-    checkpoint.read_adapter(tmp_path)
+    pretrained.read_adapter(tmp_path)
   with pytest.raises(FileNotFoundError, match="has no step 7; it has .3."):
-    checkpoint.read_adapter(trained / "run", 7)
+    pretrained.read_adapter(trained / "run", 7)
 
 
 def test_optimizer_state_is_the_adapters_alone(trained):
@@ -275,10 +275,10 @@ def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
   train.train_and_evaluate(run, tmp_path / "run")
   convert.main(["run2adapter", str(tmp_path / "run"), str(tmp_path / "a.safetensors"), "--rank", "64",
                 "--dtype", "float32", "--threshold", "0.125"])
-  assert checkpoint.settings_of(tmp_path / "a.safetensors") == dataclasses.replace(run.safety, threshold=0.125)
-  learned = flat(checkpoint.load_for_research(tmp_path / "run")[1])
-  applied = flat(checkpoint.load_for_research(tmp_path / "a.safetensors")[1])
-  before = flat(checkpoint.load_for_research(trained / "base")[1])
+  assert pretrained.settings_of(tmp_path / "a.safetensors").safety == dataclasses.replace(run.safety, threshold=0.125)
+  learned = flat(pretrained.load_for_research(tmp_path / "run")[1])
+  applied = flat(pretrained.load_for_research(tmp_path / "a.safetensors")[1])
+  before = flat(pretrained.load_for_research(trained / "base")[1])
   for name, leaf in learned.items():
     kept = name.endswith("kernel") or name.startswith("cls_")
     assert not np.allclose(leaf, before[name], atol=1e-7) or "norm" in name, name

@@ -18,7 +18,7 @@ from make_golden import hf_state
 from test_export import SAFETY, case_folder, stirred
 from test_gguf import needs_smollm2, write_gguf
 
-from saess_jax import checkpoint, convert, hf, sharding, snapshot, staging, weights
+from saess_jax import convert, hf, pretrained, sharding, snapshot, staging, weights
 from saess_jax.config import MeshConfig, SafetyConfig, TrainConfig
 from saess_jax.export import export_hf
 
@@ -65,16 +65,16 @@ def test_a_snapshot_is_taken_by_training_and_by_research(tmp_path, capsys):
   source = saess_folder(tmp_path / "source")
   said(capsys, "hf2orbax", source, tmp_path / "snapshot")
   loaded = hf.load_pretrained(str(source))
-  model, params, tokenizer, safety = checkpoint.load_for_research(tmp_path / "snapshot")
+  model, params, tokenizer, safety = pretrained.load_for_research(tmp_path / "snapshot")
   assert model.config == loaded.config and safety == SAFETY
   assert tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
   jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
-  shape, base, _ = checkpoint.load_base(TrainConfig(model="", weights=str(tmp_path / "snapshot")))
+  shape, base, _ = pretrained.load_base(TrainConfig(model="", weights=str(tmp_path / "snapshot")))
   assert shape == loaded.config
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(base))
   jax.tree.map(np.testing.assert_array_equal, base, loaded.params)
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-  _, placed, _, _ = checkpoint.load_for_research(tmp_path / "snapshot", mesh=mesh)
+  _, placed, _, _ = pretrained.load_for_research(tmp_path / "snapshot", mesh=mesh)
   assert jax.tree.map(lambda leaf: leaf.sharding, placed) == weights.placement(shape, mesh)
   jax.tree.map(np.testing.assert_array_equal, placed, loaded.params)
 
@@ -194,7 +194,7 @@ def test_a_damaged_snapshot_is_named(harm, words, tmp_path):
 
 def test_step_goes_with_runs_alone(tmp_path):
   with pytest.raises(ValueError, match="step is 3, but .*source is no training run"):
-    checkpoint.load_for_research(case_folder(tmp_path / "source"), step=3)
+    pretrained.load_for_research(case_folder(tmp_path / "source"), step=3)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, scalars, small_config
 
-from saess_jax import checkpoint, checksums, events, train
+from saess_jax import checkpoint, checksums, events, pretrained, train
 from saess_jax.config import RolloutConfig
 from saess_jax.data import rollouts
 
@@ -109,11 +109,11 @@ def test_every_damage_is_seen(finished, tmp_path, capsys, harm):
 @pytest.mark.parametrize("harm", [riddle, lambda step: shutil.rmtree(step / "state")])
 def test_research_is_told_which_steps_are_left(finished, tmp_path, harm):
   shutil.copytree(finished[1], tmp_path / "run")
-  assert checkpoint.load_for_research(tmp_path / "run", step=6)
+  assert pretrained.load_for_research(tmp_path / "run", step=6)
   harm(tmp_path / "run" / "checkpoints" / "6")
   with pytest.raises(checkpoint.Damaged, match="checkpoints/6 is damaged .*Load another step: 3"):
-    checkpoint.load_for_research(tmp_path / "run", step=6)
-  assert checkpoint.load_for_research(tmp_path / "run", step=3)
+    pretrained.load_for_research(tmp_path / "run", step=6)
+  assert pretrained.load_for_research(tmp_path / "run", step=3)
 
 
 def test_bad_metrics_cost_a_step_its_place_as_best_only(finished, tmp_path, capsys):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import checkpoint, generate, sharding, train
+from saess_jax import generate, pretrained, sharding, train
 from saess_jax.config import (
   DataConfig,
   LossConfig,
@@ -241,8 +241,8 @@ def test_pretraining_then_sft_then_decode(folder, tmp_path):
   pretrain = dataclasses.replace(PRETRAIN, data=dataclasses.replace(PRETRAIN.data, source=corpus))
   validated = train.train_and_evaluate(pretrain, tmp_path / "pretrain")
   assert np.isfinite(list(validated.values())).all()
-  _, fresh, _ = checkpoint.load_base(pretrain)
-  _, params, _, _ = checkpoint.load_for_research(tmp_path / "pretrain", 6)
+  _, fresh, _ = pretrained.load_base(pretrain)
+  _, params, _, _ = pretrained.load_for_research(tmp_path / "pretrain", 6)
   moved = {name for name in params if not jax.tree.all(jax.tree.map(np.array_equal, params[name], fresh[name]))}
   assert {"embed", "layers_0", "layers_1", "cls_embedding", "cls_head"} <= moved
 
@@ -251,16 +251,16 @@ def test_pretraining_then_sft_then_decode(folder, tmp_path):
       data=DataConfig(
           source="paper", manual_dir=str(folder), paper_rows=30, max_length=192, max_response=48, buckets=(192,),
           batch_size=8))
-  shape, base, _ = checkpoint.load_base(sft)
+  shape, base, _ = pretrained.load_base(sft)
   jax.tree.map(np.testing.assert_array_equal, base, params)  # SFT starts where pretraining ended, [CLS] too.
   assert not shape.scan_layers and shape.vocab_size == 260
   assert train.train_and_evaluate(sft, tmp_path / "sft").keys() == validated.keys()
 
-  model, params, tokenizer, safety = checkpoint.load_for_research(tmp_path / "sft")
+  model, params, tokenizer, safety = pretrained.load_for_research(tmp_path / "sft")
   response, = generate.Generator(model, params, tokenizer, safety, max_new_tokens=12).respond(["Name 3 fruits."])
   assert 0 < response.initial_prob < 1 and len(response.cls_prob) > 0
   with pytest.raises(ValueError, match="are not a smollm2_135m: they have vocab_size 260 for 49152"):
-    checkpoint.load_base(dataclasses.replace(sft, model="smollm2_135m", model_overrides={}))
+    pretrained.load_base(dataclasses.replace(sft, model="smollm2_135m", model_overrides={}))
 
 
 @pytest.mark.parametrize("change, message", [

