@@ -1,7 +1,7 @@
 """How programs that take a --config file read their flags, and say in one line what is wrong with what they were given.
 
-Every ValueError that this package raises by itself is written for its user, and every OSError names a file or what the
-system refused: status 2 and a line on stderr. Anything else is a defect and keeps its traceback.
+A `raise ValueError` or OSError of this package is written for its user, and so is an OSError that names a file: status
+2 and a line on stderr, with --verbosity=1 the traceback too. Anything else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,34 +27,44 @@ def run(main: Callable[[ml_collections.ConfigDict], None]) -> None:
   config = config_flags.DEFINE_config_file(
       "config", None, "File under configs/; --config.KEY=VALUE overrides.", lock_config=True)
   flags.mark_flag_as_required("config")
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # --help shows the main module's.
 
   def parse(argv: list[str]) -> list[str]:
     try:
       rest = app.parse_flags_with_usage(argv)
-      _ = config.value  # A file that could not be read says so only when it is asked for.
-    except AttributeError as error:  # Of the lookup of KEY: its name, and the nearest on a line of its own.
-      _end("--config has no setting " + ". ".join(str(error.args[0].args[0]).splitlines()))
+      config.value.keys()  # A file that could not be read says so only when it is asked for something.
+    except AttributeError as error:
+      key = error.args[0]  # Of the lookup of KEY: its name, and the nearest one on a line of its own.
+      in_the_file = any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__))
+      if in_the_file or not isinstance(key, KeyError):
+        raise
+      _end("--config has no setting " + ". ".join(str(key.args[0]).splitlines()))
     except OSError as error:
-      _end(error)
+      _end(str(error).splitlines()[-1].strip())
     if len(rest) > 1:
       _end(f"unexpected arguments {rest[1:]}; settings are given as --config.KEY=VALUE.")
     return rest
 
   def call(argv: list[str]) -> None:
     del argv
-    if logging.get_verbosity() == logging.INFO:  # app.run's default; checkpointing alone says hundreds of lines of it.
+    verbosity = logging.get_verbosity()
+    if verbosity == logging.INFO:  # app.run's default; checkpointing alone says hundreds of lines of it.
       logging.set_verbosity(logging.WARNING)
     try:
       main(config.value)
-    except OSError as error:
-      _end(error)
-    except ValueError as error:
-      raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-      if not pathlib.Path(raised_in).is_relative_to(PACKAGE):
+    except (OSError, ValueError) as error:
+      if verbosity > logging.INFO or not is_for_the_user(error):
         raise
       _end(error)
 
   app.run(call, flags_parser=parse)
+
+
+def is_for_the_user(error: OSError | ValueError) -> bool:
+  """Whether it names a file, or a `raise` of this package began it: an `int("x")` in the package is a defect of it."""
+  began = traceback.extract_tb(error.__traceback__)[-1]
+  ours = pathlib.Path(began.filename).is_relative_to(PACKAGE) and "raise " in (began.line or "")
+  return ours or getattr(error, "filename", None) is not None
 
 
 def _end(error: object) -> NoReturn:

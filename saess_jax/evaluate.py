@@ -120,7 +120,8 @@ def _attempts(
         found = attack.attempts(
             [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
       except ValueError as error:
-        raise ValueError(f"{suite}, {method}: {error}") from error
+        error.args = (f"{suite}, {method}: {error}",)
+        raise  # As it was raised: where it began tells an unfit prompt from a defect (`command.py`).
       new = [{"suite": suite, "method": method, "victim": victim, "index": i,
               "attempts": [dataclasses.asdict(attempt) for attempt in attempts]}
              for i, attempts in zip(indices, found, strict=True)]

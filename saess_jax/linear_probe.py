@@ -151,10 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= options.false_alarms < 1 or options.rows < 0:
       raise ValueError(
           f"false_alarms is {options.false_alarms} and rows {options.rows}; expected a share in [0, 1) and 0 or more.")
+    system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
     model, params, tokenizer, _ = pretrained.load_for_research(options.weights)
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
-  system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
   states = functools.partial(hidden_states, model, params, tokenizer, system_prompt=system_prompt)
   asked = lambda rows: states([row.prompt for row in rows])
   labels = lambda rows: np.array([row.label for row in rows])
