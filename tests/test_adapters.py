@@ -209,6 +209,7 @@ def test_the_base_may_have_moved(trained, tmp_path):
     (tmp_path / "moved").rename(trained / "base")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
   run = small_config(
       trained / "rows.jsonl", mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(trained / "base"),
@@ -268,6 +269,7 @@ def test_factors_are_the_nearest_of_their_rank(params):
       np.linalg.norm(left_out), np.linalg.norm(np.linalg.svd(change, compute_uv=False)[1:]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_all_weights_becomes_an_adapter(trained, tmp_path, capsys):
   run = small_config(
       trained / "rows.jsonl", mesh=MeshConfig(1, -1, 1), model="", model_overrides={}, weights=str(trained / "base"),

@@ -79,6 +79,7 @@ def test_it_lowers_the_loss_of_what_is_sent(params, attack, where):
   assert f"{float(scores.loss[0]):.2f}" == f"{last:.2f}"
 
 
+@pytest.mark.slow
 def test_more_generations_are_never_worse_and_all_is_drawn_from_behavior_and_seed(params):
   run = lambda generations, seed=0, behaviors=BEHAVIORS[:1]: AutoDan(generations, population=8).attempts(
       behaviors, target(params, seed=seed))

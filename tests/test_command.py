@@ -1,6 +1,7 @@
 """What is wrong with a command line is said in one line; a defect keeps its traceback."""
 
 import linecache
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,37 +11,64 @@ import pytest
 from saess_jax import command
 
 ROOT = pathlib.Path(__file__).parent.parent
-EVAL = ["eval.py", "--config", "configs/eval_quick.py"]
+QUICK = ("--config", "configs/eval_quick.py")
 
 
-def run(tmp_path, *words):
+def run(program, *words):
   return subprocess.run(
-      [sys.executable, *words, "--workdir", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, check=False)
+      [sys.executable, program, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+      text=True, check=False)
+
+
+@pytest.fixture
+def program(tmp_path):
+  """A program that asks its config for something, without what the real ones import."""
+  path = tmp_path / "program.py"
+  path.write_text("from saess_jax import command\ncommand.run(lambda config: print(int(config.suites)))\n")
+  return path
 
 
 @pytest.mark.parametrize("words, said", [
-    (["eval.py", "--config", "configs/none.py"], "configs/none.py"),
-    ([*EVAL, "--config.max_row=1"], 'Did you mean "max_rows" instead of "max_row"?'),
-    ([*EVAL, "more"], "unexpected arguments ['more']"),
-    ([*EVAL, "--config.attacks=('prefill_x',)"], "attack is 'prefill_x'; expected one of direct,"),
-    (["train.py", "--config", "configs/tiny.py", "--config.data.source=none.csv"], "none.csv does not exist"),
+    (("--config", "configs/none.py"), "No such file or directory: 'configs/none.py'"),
+    ((*QUICK, "--config.max_row=1"), 'Did you mean "max_rows" instead of "max_row"?'),
+    ((*QUICK, "more"), "unexpected arguments ['more']"),
 ])
-def test_bad_input_is_said_without_a_traceback_and_leaves_nothing(words, said, tmp_path):
-  ended = run(tmp_path, *words)
+def test_a_wrong_command_line_is_one_line(program, words, said):
+  ended = run(program, *words)
+  assert ended.returncode == 2 and not ended.stdout
+  assert ended.stderr.startswith("program.py: error: ") and said in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("eval.py", (*QUICK, "--config.attacks=('prefill_x',)"), "attack is 'prefill_x'; expected one of direct,"),
+    ("train.py", ("--config", "configs/tiny.py", "--config.data.source=none.csv"), "none.csv does not exist"),
+])
+def test_what_the_package_refuses_is_one_line_and_leaves_nothing(name, words, said, tmp_path):
+  ended = run(name, *words, "--workdir", tmp_path / "out")
   assert ended.returncode == 2
-  assert f"{words[0]}: error: " in ended.stderr and said in ended.stderr and "Traceback" not in ended.stderr
+  assert f"{name}: error: " in ended.stderr and said in ended.stderr and "Traceback" not in ended.stderr
   assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_the_config():
-  said = subprocess.run([sys.executable, "eval.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-  assert all(f"--{name}:" in said.stdout for name in ("config", "checkpoint", "workdir"))
+def test_help_shows_the_config(program):
+  assert "--config:" in run(program, "--help").stdout
+
+
+def test_a_defect_keeps_its_traceback(program):
+  ended = run(program, *QUICK)
+  assert ended.returncode == 1 and "Traceback" in ended.stderr and "invalid literal" in ended.stderr
+
+
+def test_a_defect_of_a_config_file_keeps_its_traceback(program, tmp_path):
+  config = tmp_path / "mine.py"
+  config.write_text("from configs import tiny\ndef get_config():\n  tiny.get_config().saftey.tau = 2\n")
+  ended = run(program, "--config", config)
+  assert ended.returncode == 1 and all(word in ended.stderr for word in ("Traceback", "mine.py", "saftey"))
 
 
 def error_of(source, filename):
   """What running `source` as if it stood in `filename` raises."""
-  lines = source.splitlines(keepends=True)
-  linecache.cache[str(filename)] = (len(source), None, lines, str(filename))
+  linecache.cache[str(filename)] = (len(source), None, source.splitlines(keepends=True), str(filename))
   with pytest.raises((OSError, ValueError)) as caught:
     exec(compile(source, filename, "exec"), {})
   return caught.value
@@ -58,10 +86,3 @@ def error_of(source, filename):
 ])
 def test_what_the_package_raises_is_told_from_a_defect(source, where, told):
   assert command.is_for_the_user(error_of(source, where)) == told
-
-
-def test_the_last_word_of_a_config_file_with_a_defect_is_its_traceback(tmp_path):
-  config = tmp_path / "mine.py"
-  config.write_text("from configs import tiny\ndef get_config():\n  tiny.get_config().saftey.tau = 2\n")
-  ended = run(tmp_path, "train.py", "--config", config)
-  assert ended.returncode == 1 and all(word in ended.stderr for word in ("Traceback", "mine.py", "saftey"))

@@ -79,6 +79,7 @@ def test_a_snapshot_is_taken_by_training_and_by_research(tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, placed, loaded.params)
 
 
+@pytest.mark.slow
 def test_check_compares_with_torch_or_says_that_it_does_not(tmp_path, capsys):
   source = saess_folder(tmp_path / "source")
   code = "import sys; sys.modules['torch'] = None; from saess_jax import convert; convert.main()"

@@ -244,6 +244,7 @@ def test_generator_gives_text_back_in_order(tiny_params):
     make().respond(["x" * 300])
 
 
+@pytest.mark.slow
 def test_the_generator_stores_cls_where_the_run_did(tiny_params):
   loud = {**tiny_params, "cls_embedding": 30 * tiny_params["cls_embedding"]}  # So that who sees it says another thing.
   tokenizer, asked = hf.byte_tokenizer(), ["a", "bread", "a long one"]

@@ -183,6 +183,7 @@ def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   assert f"{float(lm[0]):.2f}" == attempt.variant.rsplit(" ", 1)[1]
 
 
+@pytest.mark.slow
 def test_one_run_makes_an_attempt_at_each_checkpoint(params):
   """Shorter runs draw the same: the attempts of a long one are what they would have given back, with their queries."""
   run = lambda steps: Gcg(steps, candidates=8, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]

@@ -59,6 +59,7 @@ def read(path):
   return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_probability_is_that_of_the_first_answer_token(guard_folder, corpus):
   config = config_of(guard_folder, corpus)
   loaded = hf.load_pretrained(str(guard_folder))

@@ -24,6 +24,7 @@ def tiny():
   return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
+@pytest.mark.slow
 def test_it_reads_where_the_response_begins(tiny):
   model, params = tiny
   found = linear_probe.hidden_states(model, params, tiny_tokenizer(), PROMPTS, batch_size=2)

@@ -155,7 +155,7 @@ def test_remat_changes_no_gradient(tiny_params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, other)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_on_a_cache_equal_one_pass(tiny_params, scan):
   shape = TINY.replace(scan_layers=scan)
   params = model.stack_layers(tiny_params) if scan else tiny_params
@@ -210,7 +210,7 @@ def test_sliding_window_is_a_band(tiny_params):
   assert jnp.abs(out.logits - apply(tiny_params).logits).max() > 1e-2
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lora_starts_as_nothing_and_merges_into_the_weights(tiny_params, scan):
   shape = TINY.replace(scan_layers=scan)
   boxed = jax.eval_shape(model.Llama(shape).init, jax.random.key(0), TOKENS)["params"]

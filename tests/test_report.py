@@ -269,6 +269,7 @@ def test_several_suites(tmp_path):
   assert len(re.findall("<svg", text)) == 8
 
 
+@pytest.mark.slow
 def test_ten_suites_of_hundreds_of_rows_stay_small(tmp_path):
   said = f"{SECRET} " * 60
   rows = [row(i, model, method, said=said, suite=f"file:{s}.csv", behavior=f"Request {s} {i} " + "word " * 500)

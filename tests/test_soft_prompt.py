@@ -31,6 +31,7 @@ def alike(one, other):
   np.testing.assert_allclose([one.initial_prob, *one.cls_prob], [other.initial_prob, *other.cls_prob], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_lowers_loss_and_verdict_and_the_decoder_agrees(params):
   here = target(params)
   (one,), (other,) = make_attack("soft_prompt_12").attempts(BEHAVIORS[:2], here)

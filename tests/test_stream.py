@@ -30,7 +30,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("prefix", ["", "Sure, "])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.slow), "Sure, "])
 def test_a_stream_is_the_response_in_pieces(tiny_params, case, prefix):
   # A threshold that most verdicts on windows pass, so that tau of them run, and the query's does not.
   response = make(tiny_params, SafetyConfig(threshold=1.0)).respond([REQUEST], [prefix])[0]

@@ -104,6 +104,7 @@ def test_resumed_losses_are_bitwise_those_of_an_undisturbed_run(finished, tmp_pa
   assert all(resumed[key] == whole[key] for key in resumed)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(finished, tmp_path):
   config, workdir, validated = finished
   shutil.copytree(workdir, tmp_path / "run")
@@ -142,7 +143,8 @@ def first_step(config, devices):
   return metrics, jax.device_get(state.trainable), state
 
 
-@pytest.mark.parametrize("lora, accumulation", [(LoraConfig(), 1), (LoraConfig(rank=4), 2)])
+@pytest.mark.parametrize(
+    "lora, accumulation", [(LoraConfig(), 1), pytest.param(LoraConfig(rank=4), 2, marks=pytest.mark.slow)])
 def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, accumulation):
   one = small_config(data, mesh=ONE, lora=lora, loss=LossConfig(kl_weight=0.5))
   other = dataclasses.replace(
@@ -190,7 +192,7 @@ def test_no_device_gathers_the_model_or_holds_all_logits(data):
   assert f"f32[2,{losses_a_row},256]" in hlo and f"{losses_a_row},512]" not in hlo and f"[8,{losses_a_row}" not in hlo
 
 
-@pytest.mark.parametrize("master", ["float32", "bfloat16"])
+@pytest.mark.parametrize("master", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_bfloat16_compute_with_either_master_weights(data, master):
   config = small_config(
       data, mesh=ONE, model_overrides={"vocab_size": 260, "dtype": "bfloat16", "param_dtype": master})
@@ -214,7 +216,7 @@ def kl_by_hand(llama, params, batch):
   return float(jnp.mean(jnp.stack(values)))
 
 
-@pytest.mark.parametrize("frozen_layers", [0, 1])
+@pytest.mark.parametrize("frozen_layers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_kl_term_compares_with_the_weights_that_the_run_starts_from(data, frozen_layers):
   config = small_config(data, mesh=ONE, frozen_layers=frozen_layers, loss=LossConfig(kl_weight=1.0))
   shape, base, tokenizer = pretrained.load_base(config)
@@ -236,7 +238,8 @@ def test_the_kl_term_compares_with_the_weights_that_the_run_starts_from(data, fr
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), kept)
 
 
-@pytest.mark.parametrize("objective, rank", [("sft", 0), ("dpo", 0), pytest.param("dpo", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective, rank", [
+    pytest.param("sft", 0, marks=pytest.mark.slow), ("dpo", 0), pytest.param("dpo", 4, marks=pytest.mark.slow)])
 def test_rivals_train_from_end_to_end(data, tmp_path, objective, rank):
   config = small_config(
       data, objective=objective, lora=LoraConfig(rank=rank), probes=ProbeConfig(per_sequence=0), epochs=2,
@@ -254,6 +257,7 @@ def test_rivals_train_from_end_to_end(data, tmp_path, objective, rank):
   assert not np.array_equal(before["layers_0"]["attn"]["q"]["kernel"], after["layers_0"]["attn"]["q"]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_rival_of_few_rollouts_and_one_that_goes_on_from_it(data, tmp_path, capsys):
   """No validation row has a rollout; the second run prefers by the rollouts that the first one sampled."""
   first = small_config(
@@ -274,6 +278,7 @@ def test_a_rival_of_few_rollouts_and_one_that_goes_on_from_it(data, tmp_path, ca
     pretrained.read_adapter(tmp_path / "sft", rank=4)
 
 
+@pytest.mark.slow
 def test_adapters_above_a_frozen_layer(data):
   """[CLS]'s embedding is frozen with the others, its head is not."""
   config = small_config(data, mesh=ONE, lora=LoraConfig(rank=4), frozen_layers=1)
@@ -288,6 +293,7 @@ def test_lora_trains_the_adapter_and_cls_alone(data):
   assert "frozen" not in state.saved()
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_in_no_checkpoint_and_back_for_research(data, tmp_path):
   config = small_config(
       data, frozen_layers=1, max_steps=2, rollouts=RolloutConfig(max_prompts=8, tokens=6, batch_size=8))
