@@ -10,13 +10,14 @@ are made of those that the last command named. A lock keeps a second process out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tqdm
@@ -116,12 +117,9 @@ def _attempts(
                  disable=not jobs) as bar:
     for suite, method, attack, victim, indices in jobs:
       bar.set_postfix_str(method)
-      try:
+      with _told_where(f"{suite}, {method}"):
         found = attack.attempts(
             [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
-      except ValueError as error:
-        error.args = (f"{suite}, {method}: {error}",)
-        raise  # As it was raised: where it began tells an unfit prompt from a defect (`command.py`).
       new = [{"suite": suite, "method": method, "victim": victim, "index": i,
               "attempts": [dataclasses.asdict(attempt) for attempt in attempts]}
              for i, attempts in zip(indices, found, strict=True)]
@@ -177,10 +175,19 @@ def _respond(
 
 def _check_fit(generator: Any, where: str, asked: Sequence[tuple[Any, str]]) -> None:
   """Raises ValueError, with `where` in it, unless each (prompt, prefix) leaves room for a response."""
-  try:
+  with _told_where(where):
     generator.check_fit(*zip(*asked))
+
+
+@contextlib.contextmanager
+def _told_where(where: str) -> Iterator[None]:
+  """A ValueError gets `where` in front, and is raised on: where it began tells an unfit prompt from a defect
+  (`command.py`)."""
+  try:
+    yield
   except ValueError as error:
-    raise ValueError(f"{where}: {error}") from error
+    error.args = (f"{where}: {error}",)
+    raise
 
 
 def _place(suite: str, method: str, index: int, number: int) -> int:

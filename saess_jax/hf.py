@@ -94,7 +94,7 @@ def load_tokenizer(spec: str) -> transformers.PreTrainedTokenizerBase:
 
 def locate(spec: str) -> pathlib.Path:
   """`spec` -> a folder or a .gguf file that exists. Errors as `load_pretrained`."""
-  path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec)
+  path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec).expanduser()
   if not path.exists():
     expected = (f"{SMOLLM2!r}, a .gguf file, a Hugging Face folder, the id of a model on the Hub, or what a training "
                 "run or saess_jax.convert wrote")

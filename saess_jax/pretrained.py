@@ -105,7 +105,6 @@ def load_for_research(
     ValueError: `step` is not there, or goes with weights that have none; what is there is damaged or not supported; the
       base weights of a run are of another shape than the run's.
   """
-  path = _expanded(path)
   if runs.is_run(path):
     loaded = _read_run(path, checkpoint.Checkpoints.best_step if step is None else lambda _: step, mesh)
   elif step is not None:
@@ -123,12 +122,6 @@ def load_for_research(
   return model_lib.Llama(loaded.config.replace(dtype="float32")), params, loaded.tokenizer, safety
 
 
-def _expanded(path: str | pathlib.Path) -> str | pathlib.Path:
-  """`path` without ~ where that exists; the id of a model on the Hub stays as it is."""
-  local = pathlib.Path(path).expanduser()
-  return local if local.exists() else path
-
-
 def _read_weights(path: str | pathlib.Path, dtype: str, mesh: Mesh | None) -> hf.Pretrained:
   """A snapshot, or what `hf.load_pretrained` takes; `dtype` "": as a snapshot was written, else float32."""
   if snapshot.is_snapshot(path):
@@ -142,7 +135,6 @@ def settings_of(path: str | pathlib.Path) -> Settings:
   Raises:
     What reading them raises there.
   """
-  path = _expanded(path)
   if runs.is_run(path):
     config = runs.read_config(path)
     safety, said = config.safety, {

@@ -179,6 +179,16 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
   assert (tmp_path / "out" / "half").read_text() == "mine"
 
 
+def test_a_home_folder_may_be_short(tmp_path, monkeypatch):
+  source = saess_folder(tmp_path / "source")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert pretrained.settings_of("~/source") == pretrained.settings_of(source)
+  assert pretrained.settings_of("~/source").safety == SAFETY
+  _, params, _, _ = pretrained.load_for_research("~/source")
+  _, base, _ = pretrained.load_base(TrainConfig(model="", weights="~/source"))
+  jax.tree.map(np.testing.assert_array_equal, params, base)
+
+
 @pytest.mark.parametrize("harm, words", [
     (lambda folder: (folder / "snapshot.json").write_text("{"), "snapshot.json cannot be read"),
     (lambda folder: (folder / "snapshot.json").write_text("{}"), "snapshot.json cannot be read .'model'"),
