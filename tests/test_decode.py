@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from saess_jax import config, decode, generate, hf, model, policy, sampling, sharding
 from saess_jax.config import SafetyConfig
@@ -169,6 +172,7 @@ def test_compiled_once_for_all_numbers(tiny_params):
   assert fresh._cache_size() == 1
 
 
+LIMIT = jax.jit(sampling._limit)
 NOTHING = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), bool)  # Tokens so far, none of which counts.
 
 
@@ -214,6 +218,29 @@ def test_limits_are_those_of_transformers():
       expected = processor(torch.tensor(tokens), expected)
     ours = sampling._limit(sampling._penalize(logits, tokens, np.ones_like(tokens, bool), penalty) / 0.7, how)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
+
+
+@given(
+    logits=npst.arrays(np.float32, (2, 12), elements=st.integers(-24, 24).map(lambda n: n / 4)),
+    top_k=st.integers(0, 14), top_p=st.sampled_from([0.0, 0.1, 0.45, 0.8, 0.97, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+@settings(max_examples=200)
+def test_limits_are_those_of_a_sorted_list(logits, top_k, top_p, min_p):
+  for row, ours in zip(logits, np.asarray(LIMIT(logits, SamplingConfig(1.0, top_k, top_p, min_p)))):
+    descending = np.sort(row.astype(np.float64))[::-1]
+    first = np.exp(descending - descending[0])[: top_k or None]
+    before = (np.cumsum(first) - first) / np.sum(first)
+    assume(not np.any(np.isclose(before, top_p, atol=1e-5)) or top_p in (0, 1))  # Not for rounding to decide.
+    kept = ((before < top_p) | (top_p == 1)) & (first >= min_p * (1 - 1e-6))
+    kept[0] = True
+    np.testing.assert_array_equal(ours > -np.inf, row >= np.min(descending[: len(kept)][kept]))  # Ties stay together.
+    np.testing.assert_array_equal(ours[ours > -np.inf], row[ours > -np.inf])
+
+
+def test_a_mass_of_one_keeps_what_float32_adds_up_to_nothing():
+  logits = np.linspace(0, -60, 64, dtype=np.float32)[None]
+  assert np.isfinite(LIMIT(logits, SamplingConfig(1.0, top_k=50, top_p=1.0))).sum() == 50
+  assert np.isfinite(LIMIT(logits, SamplingConfig(1.0, top_p=0.0, min_p=0.5))).sum() == 1
 
 
 def test_a_penalty_keeps_the_decoder_from_repeating(tiny_params):
