@@ -199,6 +199,9 @@ class DataConfig:
   # template; the label stays that of the query.
   histories: float = 0.0
   history_turns: int = 8
+  # This share of the queries that are read alone is read in another writing (data/disguises.py), where max_length holds
+  # it. The label stays.
+  disguises: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

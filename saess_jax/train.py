@@ -108,15 +108,18 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"data.histories is {config.data.histories} at data.history_turns {config.data.history_turns}; expected a "
         "share of queries from 0 to 1, behind 1 dialogue or more.")
-  if config.data.histories and (config.data.responses != "rollouts" or config.objective != "saess"):
-    raise ValueError(
-        f"data.histories is {config.data.histories}, but data.responses is {config.data.responses!r} and objective "
-        f"{config.objective!r}: dialogues stand before queries that are read alone, for [CLS]. Set them to 'rollouts' "
-        "and 'saess', or the first to 0.")
-  if config.data.histories and max(config.data.buckets, default=0) < config.data.max_length:
-    raise ValueError(
-        f"data.histories is {config.data.histories}: dialogues fill up to data.max_length {config.data.max_length}, "
-        f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
+  if not 0 <= config.data.disguises <= 1:
+    raise ValueError(f"data.disguises is {config.data.disguises}; expected a share of queries from 0 to 1.")
+  for name in ("histories", "disguises"):
+    if getattr(config.data, name) and (config.data.responses != "rollouts" or config.objective != "saess"):
+      raise ValueError(
+          f"data.{name} is {getattr(config.data, name)}, but data.responses is {config.data.responses!r} and objective "
+          f"{config.objective!r}: it is a share of the queries that are read alone, for [CLS]. Set them to 'rollouts' "
+          "and 'saess', or the first to 0.")
+    if getattr(config.data, name) and max(config.data.buckets, default=0) < config.data.max_length:
+      raise ValueError(
+          f"data.{name} is {getattr(config.data, name)}: queries grow up to data.max_length {config.data.max_length}, "
+          f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
   if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
     raise ValueError(
         f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "

@@ -142,6 +142,22 @@ def test_only_as_many_dialogues_as_fit_stand_before_a_query():
   assert len(counts) > 2 and max(counts) == 5  # Six are more than 200 tokens.
 
 
+def test_a_share_of_queries_is_disguised_where_it_fits():
+  data = dataclasses.replace(
+      CONFIG.data, responses="rollouts", disguises=0.5, histories=0.5, max_length=150, buckets=(150,))
+  rows = [Row(f"{what} the bread of neighbour number {n}?", "", label, "", "")
+          for n in range(60) for label, what in enumerate(("Bake", "Poison"))]
+  rows += [Row("Bake " * 38 + "it.", "", 0, "", ""), Row("Who bakes?", "", 0, "", "")]
+  written = [0, 0]
+  *examples, long, _ = build(rows, {"Who bakes?": "Bakers."}, dataclasses.replace(CONFIG, data=data))
+  for row, example in zip(rows, examples):
+    query = tiny_tokenizer().decode(example.tokens[example.kinds == TokenKind.QUERY]).removeprefix("Who bakes?Bakers.")
+    written[row.label] += query != row.prompt
+    assert example.label == row.label and len(example.tokens) <= 150
+  assert all(10 < count < 40 for count in written)
+  assert tiny_tokenizer().decode(long.tokens).count("Bake") == 38  # Nothing longer would fit.
+
+
 def test_openers_in_training_are_not_those_of_attacks():
   known = {*openers.CONSENT, *openers.SENTENCES}
   text = "".join(path.read_text() for path in (pathlib.Path(pipeline.__file__).parents[1] / "attacks").glob("*.py"))

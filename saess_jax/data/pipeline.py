@@ -22,7 +22,7 @@ import numpy as np
 import transformers
 
 from saess_jax.config import TrainConfig
-from saess_jax.data import chat, openers, probes, sources
+from saess_jax.data import chat, disguises, openers, probes, sources
 from saess_jax.data import rollouts as rollouts_lib
 from saess_jax.masks import TokenKind
 
@@ -57,7 +57,8 @@ def build_examples(
   With `data.opener_depth` half of these refusals, and half of the benign rollouts, stand behind an attacker's opener
   (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
-  stands before its turn. `data.histories` puts some of these behind dialogues (`_behind_dialogues`).
+  stands before its turn. `data.disguises` puts some of these into other writings (`_disguised`), `data.histories` some
+  behind dialogues (`_behind_dialogues`).
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
@@ -110,7 +111,8 @@ def build_examples(
     # Nothing could follow the prefix.
     wordless = row.label and config.data.refusal_depth and not row.response and config.objective == "saess"
     if wordless or (not len(rollout) and config.data.responses == "rollouts"):
-      query = example(row, None, "none", 0, _behind_dialogues(tokenizer, row.prompt, dialogues, config, rng))
+      asked = _disguised(tokenizer, row.prompt, config, rng)
+      query = example(row, None, "none", 0, _behind_dialogues(tokenizer, asked, dialogues, config, rng))
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
@@ -139,6 +141,20 @@ def _opener(tokenizer, config: TrainConfig, rng: np.random.Generator) -> np.ndar
   return np.asarray(tokens[: int(rng.integers(1, 1 + config.data.opener_depth))], np.int32)
 
 
+def _disguised(tokenizer, prompt: str, config: TrainConfig, rng: np.random.Generator) -> str:
+  """The prompt, or for a share of `data.disguises` the prompt in another writing, if that fits."""
+  if not config.data.disguises or rng.random() >= config.data.disguises:
+    return prompt
+  written = disguises.draw(prompt, rng)
+  return written if _excess(tokenizer, written, config) <= 0 else prompt
+
+
+def _excess(tokenizer, messages: chat.Messages, config: TrainConfig) -> int:
+  """By how many tokens a prompt, [CLS] and one response token exceed `data.max_length` (not to be encoded if any)."""
+  tokens, _ = chat.encode_prompt(tokenizer, messages, system_prompt=config.data.system_prompt)
+  return len(tokens) + 2 - config.data.max_length
+
+
 def _behind_dialogues(
     tokenizer, prompt: str, dialogues: Sequence[tuple[str, str]], config: TrainConfig, rng: np.random.Generator
 ) -> chat.Messages:
@@ -151,9 +167,8 @@ def _behind_dialogues(
     return prompt
   drawn = rng.permutation(len(dialogues))[: int(rng.integers(1, 1 + config.data.history_turns))]
   last = lambda count: chat.conversation([dialogues[i] for i in drawn[len(drawn) - count:]], prompt)
-  length = lambda messages: len(chat.encode_prompt(tokenizer, messages, system_prompt=config.data.system_prompt)[0])
-  room = config.data.max_length - 2  # Beside [CLS] and one response token, as `chat.encode_example` wants it.
-  return last(bisect.bisect_right(range(1, 1 + len(drawn)), room, key=lambda count: length(last(count))))
+  excess = lambda count: _excess(tokenizer, last(count), config)
+  return last(bisect.bisect_right(range(1, 1 + len(drawn)), 0, key=excess))
 
 
 def unfinished(examples: Sequence[Example]) -> tuple[int, int]:
