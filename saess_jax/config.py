@@ -311,8 +311,8 @@ class EvalConfig:
   """One evaluation: models side by side under attacks."""
 
   checkpoint: str = ""  # Workdir of a training run: the SA-ESS model, its base and its data come from there.
-  # embedded, plain or subtle (their test splits), file:PATH, malicious:PATH, benign:PATH; several with commas
-  # (suites.load_suites).
+  # embedded, plain or subtle (their test splits), embedded:validation, file:PATH, malicious:PATH, benign:PATH; several
+  # with commas (suites.load_suites).
   suites: str = "embedded"
   max_rows: int = 0  # Of each label of a suite; 0: all.
   attacks: tuple[str, ...] = ("direct", "prefill_5", "prefill_10", "prefill_20", "prefill_40")

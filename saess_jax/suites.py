@@ -20,7 +20,8 @@ def names(suites: str) -> list[str]:
 def load_suites(config: EvalConfig) -> dict[str, list[sources.Row]]:
   """The rows of every suite that `config.suites` names, `config.max_rows` of each label at most.
 
-  A suite is the test split of a set of the package ("embedded", "plain", "subtle"), or a CSV or JSONL file with a
+  A suite is the test split of a set of the package ("embedded", "plain", "subtle") or another one of it
+  ("embedded:validation", on which settings are chosen), or a CSV or JSONL file with a
   prompt, goal, behavior, instruction or forbidden_prompt column: "file:PATH" (labels from its label column, all
   malicious without one), "malicious:PATH" or "benign:PATH" (rows of that label, all of them in a file without labels).
   A file of attacks, with a prompt column beside goal or behavior or a JailbreakBench artifact, is a suite of what these
@@ -32,15 +33,15 @@ def load_suites(config: EvalConfig) -> dict[str, list[sources.Row]]:
   suites = {}
   for suite in names(config.suites):
     kind, _, path = suite.partition(":")
-    if suite in PACKAGE:
-      rows = sources.load_split(suite, "test")
+    if kind in PACKAGE and (path or suite == kind):
+      rows = sources.load_split(kind, path or "test")
     elif kind in ("file", *sources.LABELS) and path:
       rows = sources.read_requests(path, "malicious" if kind == "file" else kind)
       rows = [row for row in rows if kind in ("file", sources.LABELS[row.label])]
     else:
       raise ValueError(
-          f"suite is {suite!r}; expected {', '.join(PACKAGE)}, file:PATH, malicious:PATH or benign:PATH, or several "
-          "of them with commas between them (a path cannot hold one).")
+          f"suite is {suite!r}; expected {', '.join(PACKAGE)} (or {PACKAGE[0]}:validation and so on), file:PATH, "
+          "malicious:PATH or benign:PATH, or several of them with commas between them (a path cannot hold one).")
     suites[suite] = sources.draw_evenly(rows, config.max_rows, config.seed)
     if not rows:
       raise ValueError(f"Suite {suite} has no rows.")

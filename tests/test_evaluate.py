@@ -676,8 +676,8 @@ def unloadable(config):
     ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, plain, saess"),
     ({"models": ("base", "base")}, "models is"),
     ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
-    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle, file:PATH"),
-    ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle, file:PATH"),
+    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle .or embedded:validation and so on., file:PATH"),
+    ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle .or embedded:validation and so on., file:PATH"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"batch_size": 0}, "batch_size 0"),
 ])
@@ -790,5 +790,11 @@ def test_suites_of_the_package_are_their_test_splits():
   for name, rows in several.items():
     assert {row.label for row in rows} == {0, 1}
     assert not {row.prompt for row in rows} & {row.prompt for row in sources.load_split(name, "train")}
+  (chosen_on,) = suites_lib.load_suites(EvalConfig(suites="embedded:validation")).items()
+  assert chosen_on == ("embedded:validation", sources.embedded_rows("validation"))
+  with pytest.raises(ValueError, match="split is 'valid'; expected one of train, validation, test"):
+    suites_lib.load_suites(EvalConfig(suites="embedded:valid"))
+  with pytest.raises(ValueError, match="suite is 'embedded:'; expected embedded, plain, subtle .or embedded:valid"):
+    suites_lib.load_suites(EvalConfig(suites="embedded:"))
   (few,) = suites_lib.load_suites(EvalConfig(suites="plain", max_rows=3)).values()
   assert sorted(row.label for row in few) == [0, 0, 0, 1, 1, 1]
