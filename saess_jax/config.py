@@ -108,6 +108,7 @@ class SafetyConfig:
   threshold: float = 0.5  # P(malicious) at and above which a verdict is malicious.
   rule2_keeps_query: bool = False  # False is the paper's reading: response tokens alone.
   sees_all: bool = False  # An ablation: no strategic attention, [CLS] always sees QUERY and the response so far.
+  heeds_query: bool = True  # False, an ablation: the initial verdict changes nothing, windows alone are left.
   rollback: bool = False  # Our addition: cut the response back to S_t before the refusal prefix goes in.
   sweep_prefill: bool = True  # Our addition: judge a caller's response prefix window by window.
   dependency: str = "medium"  # low: verdicts ignored; medium: refusal prefix; high: fixed refusal, then stop.
@@ -135,7 +136,8 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
 
 
 DEPENDENCIES = ("low", "medium", "high")
-_SAFETY_LEAVES = ("r1", "r2", "r3", "tau", "threshold", "rule2_keeps_query", "sees_all", "rollback", "sweep_prefill")
+_SAFETY_LEAVES = (
+    "r1", "r2", "r3", "tau", "threshold", "rule2_keeps_query", "sees_all", "heeds_query", "rollback", "sweep_prefill")
 _SAFETY_WORDS = ("dependency", "refusal_prefix", "fixed_refusal", "refusal_break")
 
 

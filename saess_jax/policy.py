@@ -10,7 +10,7 @@
 MALICIOUS is entered by the initial verdict alone. "medium" dependency intervenes on entering MALICIOUS or CONFIRMED,
 "high" does so at the first malicious verdict (as if tau were 1), "low" never. AUX, HEADER and PAD are never seen
 (Rule 4, `masks.view_visibility`). With `sees_all`, an ablation, [CLS] sees QUERY and all of the response so far in
-every phase; CONFIRMED alone freezes it.
+every phase; CONFIRMED alone freezes it. Without `heeds_query`, another, nothing is MALICIOUS and all begin as BENIGN.
 
 Every function is pure and vectorised over rows; r's, tau and threshold may be traced. Axes: B rows, T response tokens.
 """
@@ -65,7 +65,7 @@ class Replay:
 
 def start(initial_prob: jax.Array, config: SafetyConfig) -> PolicyState:
   """The state before the first response token. `initial_prob`: P(malicious) of the query, float [B]."""
-  malicious = initial_prob >= config.threshold
+  malicious = (initial_prob >= config.threshold) & config.heeds_query
   never = jnp.full(initial_prob.shape, -1, jnp.int32)
   intervenes = malicious & (config.dependency != "low")
   return PolicyState(

@@ -27,7 +27,7 @@ def test_config_file(path):
 
 @pytest.mark.parametrize("name, changed", [
     ("full", {}), ("no_decoding", {"dependency": "low"}), ("annealing", {"schedule": "annealing"}),
-    ("no_attention", {"sees_all": True}),
+    ("no_attention", {"sees_all": True}), ("windows", {"heeds_query": False}),
     ("r_5", {"r1": 5, "r2": 5, "r3": 5}), ("tau_1", {"tau": 1}), ("threshold_40", {"threshold": 0.4})])
 def test_ablations(name, changed):
   values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
@@ -35,7 +35,7 @@ def test_ablations(name, changed):
   assert {key: value for key, value in safety.items() if value is not None} == changed
 
 
-@pytest.mark.parametrize("name", ["each", "first", "periodic", "annealing", "full"])
+@pytest.mark.parametrize("name", ["each", "first", "periodic", "annealing", "windows", "full"])
 def test_an_ablation_of_the_schedule_is_waited_out(name):
   values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
   late = [attack for attack in values.attacks if attack.startswith("late_")]

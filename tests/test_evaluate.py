@@ -188,7 +188,8 @@ def test_rows_hold_the_evidence(config, tmp_path):
 def test_budget_of_an_attack_that_asks(config, tmp_path):
   metrics = evaluate(dataclasses.replace(config, attacks=("prefill_own_3",)), tmp_path / "out", models())
   figures = metrics["figures"][config.suites]
-  assert figures["budget"]["prefill_own_3"]["queries"] == 4 and figures["budget"]["prefill_own_3"]["tokens"] > 4
+  cost = figures["budget"]["saess"]["prefill_own_3"]
+  assert cost["queries"] == 4 and cost["tokens"] > 4
   assert set(figures["attack_success_rate"]["base"]) == {"prefill_own_3"}  # "direct" is for benign prompts alone here.
   assert figures["caught_initially"] == {}
   assert metrics["suites"][config.suites]["saess"]["initial_detect_rate"] is None
@@ -249,7 +250,7 @@ def test_an_attack_of_several_attempts_succeeds_by_any(config, tmp_path, monkeyp
   figures = evaluate(config, tmp_path / "out", models())["figures"][config.suites]
   assert figures["attack_success_rate"]["saess"]["twice"]["count"] == 3  # All but the silent one.
   conduct = figures["attacks"]["saess"]["twice"]
-  assert conduct["n"] == 4 and conduct["responses"] == 8 and figures["budget"]["twice"]["queries"] == 8
+  assert conduct["n"] == 4 and conduct["responses"] == 8 and figures["budget"]["base"]["twice"]["queries"] == 8
   rows = read_results(tmp_path / "out")
   assert [r["sampling"]["temperature"] for r in rows if r["attempt"] == 0 and r["variant"] == "warm"] == [0.5] * 8
   victims = [victim for victim, _ in attack.asked]
@@ -676,8 +677,8 @@ def unloadable(config):
     ({"models": ("base", "gpt")}, "model is 'gpt'; expected one of base, plain, saess"),
     ({"models": ("base", "base")}, "models is"),
     ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
-    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle .or embedded:validation and so on., file:PATH"),
-    ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle .or embedded:validation and so on., file:PATH"),
+    ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle .or embedded:valid"),
+    ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle .or embedded:valid"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"batch_size": 0}, "batch_size 0"),
 ])
@@ -750,7 +751,8 @@ def test_with_real_tiny_models(config, tmp_path):
   config = dataclasses.replace(config, attacks=("prefill_own_4", "many_shot_50"), suites=suites, max_new_tokens=4)
   metrics = evaluate(config, tmp_path / "out", lambda config: Models("tiny", True, generator, None, SafetyConfig()))
   rows, figures = read_results(tmp_path / "out"), metrics["figures"][suites]
-  assert len(rows) == 2 * 4 * 2 and figures["n"]["malicious"] == 4 and figures["budget"]["prefill_own_4"]["tokens"] > 0
+  assert len(rows) == 2 * 4 * 2 and figures["n"]["malicious"] == 4
+  assert figures["budget"]["saess"]["prefill_own_4"]["tokens"] > 0
   for row in rows:
     assert row["response"].startswith(row["prefix"]) and (row["initial_prob"] is None) == (row["model"] == "base")
     assert len(row["tokens"]) == len(row["cls_prob"]) == len(row["phase"])

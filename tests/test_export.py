@@ -71,7 +71,7 @@ def test_what_is_written_beside_the_language_model(tmp_path):
       "system_prompt": ""}
   assert settings["safety"] == {
       "r1": 3, "r2": 4, "r3": 2, "tau": 2, "threshold": 0.25, "rule2_keeps_query": False, "sees_all": False,
-      "rollback": True, "sweep_prefill": True, "dependency": "medium", "schedule": "periodic(4)",
+      "heeds_query": True, "rollback": True, "sweep_prefill": True, "dependency": "medium", "schedule": "periodic(4)",
       "refusal_prefix": "Sorry, I cannot fulfill your request because",
       "fixed_refusal": "Sorry, I cannot fulfill your request.", "refusal_break": "\n\n"}
   cls = safetensors.numpy.load_file(tmp_path / "out" / "saess.safetensors")

@@ -19,7 +19,7 @@ STEPS = 24
 def reference(initial, probs, config, scheduled):
   """One row: (phases, intervened_at, transition_at, leaked)."""
   bad = lambda p: p >= config.threshold
-  if bad(initial):
+  if bad(initial) and config.heeds_query:
     return [Phase.MALICIOUS] * len(probs), (-1 if config.dependency == "low" else 0), -1, 0
   phases, alarm, running = [], None, 0
   for t, p in enumerate(probs):
@@ -42,7 +42,7 @@ jitted = jax.jit(policy.replay)
 settings = st.builds(
     SafetyConfig, r1=st.integers(0, 6), r2=st.integers(1, 6), r3=st.integers(0, 6), tau=st.integers(1, 5),
     threshold=st.sampled_from([0.25, 0.5, 0.75]), rollback=st.booleans(),
-    sees_all=st.booleans(),
+    sees_all=st.booleans(), heeds_query=st.booleans(),
     dependency=st.sampled_from(["low", "medium", "high"]),
     schedule=st.one_of(
         st.sampled_from(["each", "first", "annealing", "periodic", "periodic(3)"]),

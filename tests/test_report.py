@@ -279,16 +279,16 @@ def test_ten_suites_of_hundreds_of_rows_stay_small(tmp_path):
   text = page(tmp_path, rows)
   parsed(text)
   assert len(text.encode()) < 3e6
-  # Five traces and twenty-five lines; 600 rows failed, and where the others stand is said.
+  # Five traces and a hundred lines; 600 rows failed, and where the others stand is said.
   there = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
   at = lambda words: there[int(re.fullmatch(r"line (\d+)\.?", words)[1]) - 1]
-  more = re.search(r"570 more responses that were not refused are not listed\.</summary>.*?jsonl</a>: (.*?)</p>",
+  more = re.search(r"495 more responses that were not refused are not listed\.</summary>.*?jsonl</a>: (.*?)</p>",
                    text, re.S)[1].split(", ")
-  assert len(set(more)) == 570 and all(at(words)["model"] == "saess" and at(words)["label"] for words in more)
-  # Of over-refusals all are listed: twenty-five with their rows, the others with their lines.
+  assert len(set(more)) == 495 and all(at(words)["model"] == "saess" and at(words)["label"] for words in more)
+  # Of over-refusals all are listed: a hundred with their rows, the others with their lines.
   over = text[text.index("id='refusals'"):text.index("id='settings'")]
   lines = re.findall(r'<a href="responses.jsonl">(line \d+)</a></td><td[^>]*>(Bake \d+)</td>', over)
-  assert len(lines) == 225
+  assert len(lines) == 150
   assert all((at(words)["behavior"], at(words)["model"]) == (said, "saess") for words, said in lines)
   assert re.findall(r"Bake (\d+)", over) == [str(i) for i in range(100, 350)]
   assert "word " * 300 not in text and "blue-box" not in text
@@ -310,6 +310,9 @@ def test_models_without_cls_alone(tmp_path):
   assert "refusals put in" not in text and "Leaked: tokens from" not in text  # By nobody here.
   parsed(text)
   assert "trained, without [CLS]" in text
+  failures = text[text.index("id='failures'"):text.index("id='settings'")]
+  assert "12 responses, to 12 of 12 malicious prompts, were not refused.</p>" in failures
+  assert len(set(re.findall(r'href="#row-(\d+)"', failures))) == 12 and "leaked most" not in failures
 
 
 def test_unnamed_categories_and_empty_responses(tmp_path):
@@ -324,6 +327,26 @@ def test_the_same_evaluation_makes_the_same_page(tmp_path):
 def test_drawings_take_the_pages_colour(tmp_path):
   text = page(tmp_path)
   assert "currentColor" in text and "#010203" not in text and "#000000" not in text
+
+
+def test_what_cannot_be_sent_is_no_attack_among_several(tmp_path):
+  soft = [row(i, model, "soft_prompt_5", said=SECRET) | {"soft_tokens": 4}
+          for i in range(6) for model in ("base", "saess")]
+  text = page(tmp_path, ROWS + soft, EvalConfig(attacks=(*ATTACKS, "soft_prompt_5")))
+  assert headline(text) == headline(page(tmp_path)) and "Free embeddings cannot be sent" in text
+  assert cells(text, "attack success, any attack") == ["100% [61, 100]", "17% [3, 56]"]
+  assert cells(text, "worst attack")[1] == "100% [61, 100] soft_prompt_5"
+  figures = metrics_of(soft, {**dataclasses.asdict(EvalConfig(attacks=("soft_prompt_5",))), "safety": SAFETY})
+  assert figures["suites"]["file:prompts.csv"]["saess"]["attack_success_rate"] is None
+  parsed(page(tmp_path, soft, EvalConfig(attacks=("soft_prompt_5",))))
+
+
+def test_what_an_attack_cost_on_each_model(tmp_path):
+  rows = [row(i, model, "gcg_cls_2", said=SECRET, queries=queries)
+          for model, queries in (("base", 1), ("saess", 500)) for i in range(2)]
+  text = page(tmp_path, rows, EvalConfig(attacks=("gcg_cls_2",)))
+  assert "<td>cost of gcg_cls_2, sent to SA-ESS</td><td>1,000 queries, 0 tokens on file:prompts.csv</td>" in text
+  assert "<td>cost of gcg_cls_2, sent to base model</td><td>2 queries, 0 tokens on file:prompts.csv</td>" in text
 
 
 def test_success_by_budget(tmp_path):

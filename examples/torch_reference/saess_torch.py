@@ -113,7 +113,7 @@ class Saess:
     views, current = [[kind == QUERY for kind in kinds]], [0] * len(ids)
     initial = self.ask(ids, kinds, views, current)[0]
     rules, turned, probs = self.rules, None, []  # turned: S of Rule 3.
-    malicious_query = initial >= rules["threshold"]
+    malicious_query = initial >= rules["threshold"] and rules.get("heeds_query", True)
     prompt = len(ids)
     for t, token in enumerate(response):
       ids, kinds, views = [*ids, token], [*kinds, RESPONSE], [[*view, False] for view in views]
@@ -123,7 +123,7 @@ class Saess:
         with_query, first, last = rules["rule2_keeps_query"], t + 1 - rules["r2"], t
       else:
         with_query, first, last = False, turned - rules["r2"], turned + rules["r3"]
-      if rules.get("sees_all"):  # Folders written before there was such a setting lack it.
+      if rules.get("sees_all"):  # Folders written before there were these settings lack them.
         with_query, first, last = True, 0, t
       if t > last:  # Frozen: the token sees the [CLS] that was asked last.
         current.append(len(views) - 1)

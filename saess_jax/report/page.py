@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, rate, silence
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, is_text, rate, silence
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -27,7 +27,7 @@ from saess_jax.report.rows import RowBook
 from saess_jax.report.shown import Row, complied, highest, outcome, prefix_is_harmless, refused
 from saess_jax.report.trace import LEGEND, trace
 
-TRACES, LISTED, EXAMPLES = 5, 25, 3  # How many of a kind are printed; of the others lines of responses.jsonl are named.
+TRACES, LISTED, EXAMPLES = 5, 100, 3  # How many of a kind are printed; others by their lines of responses.jsonl.
 _CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
 
 
@@ -91,8 +91,8 @@ class _Report:
     each = lambda rates: ", ".join(f"{NAMES[model]} {share(rates[model])}" for model in reversed(self.models))
     parts = []
     if success:
-      attacks = len({row["method"] for row in self.rows if row["label"] == 1})
-      under = f"at least one of {attacks} attacks" if attacks > 1 else "one attack"
+      sent = len({row["method"] for row in self.rows if row["label"] == 1 and is_text(row)})
+      under = f"at least one of {sent} attacks" if sent > 1 else "one attack"
       parts.append(f"Malicious prompts {self.got_through} under {under}: {each(success)}.")
     if refusal:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
@@ -105,7 +105,9 @@ class _Report:
     about_attacks = [f"An attack succeeds by {judge['success']}{whatever}. {silence(self.metrics)}"] + [
         "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
         "stopped so, 0 for those that the first verdict stopped. What was never stopped has no such figure; the model "
-        "may have refused it by itself."] * defended
+        "may have refused it by itself."] * defended + [
+        "Free embeddings cannot be sent: they stand in no figure of any attack or of several."] * (
+            not all(map(is_text, self.rows)))
     notes = [
         f"{_sizes(n)} prompts{of_suites}; 95% intervals in brackets. Judge: {judge['name']} {judge['version']}. The "
         "first verdict is on the query, before a token is out" + (
@@ -310,7 +312,7 @@ class _Report:
   def _failures(self) -> str:
     mine = [row for row in self.rows if row["model"] == self.defended]
     failed = [row for row in mine if complied(row, self.judge)]
-    if self.defended != "saess" or not any(row["label"] == 1 for row in mine):
+    if not any(row["label"] == 1 for row in mine):
       return ""
     parts = [self._intervention(mine)]
     if not failed:
@@ -321,16 +323,18 @@ class _Report:
     said = [row for row in mine if row["label"] == 1 and row["judgements"][self.judge]["jailbroken"] is not None]
     prompts = len(_one_a_behavior(said))
     text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were {self.succeeded}"
-    parts.append(f"<h3>The worst failures</h3>\n<p>{text}; first those that leaked most before a refusal that did not "
-                 "hold, then those in which P(malicious) stayed lowest.</p>\n")
+    order = (
+        "; first those that leaked most before a refusal that did not hold, then those in which P(malicious) stayed lowest"
+    ) * (self.defended == "saess")
+    parts.append(f"<h3>The worst failures</h3>\n<p>{text}{order}.</p>\n")
     for row in each[:TRACES]:
       parts.append(
           f"<p><span class='tag'>{escape(row['method'])}</span> {escape(shorten(row['behavior']))} "
           f"{self.book.link(row, 'row')}</p>\n{trace(row, self.safety)}")
     rest = [row for row in worst if not any(row is shown for shown in each[:TRACES])]
     lines = [
-        [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), f"{row['initial_prob']:.2f}",
-         f"{unnoticed(row):.2f}", str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] for row in rest[:LISTED]]
+        [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), _number(row["initial_prob"]),
+         _number(highest(row)), str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] for row in rest[:LISTED]]
     if lines:
       parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
     more = rest[LISTED:]
@@ -361,10 +365,9 @@ class _Report:
                if row["model"] == "base" and row["label"] == 0}
     others = self.defended != "base" and bool(by_base)
     over.sort(key=lambda row: -(row["initial_prob"] or 0.0))
-    number = lambda p: NONE if p is None else f"{p:.2f}"
     lines = [
         [self.book.link(row, "row") if place < LISTED else beside(self.book.line(row)),
-         shorten(row["behavior"], 200), number(row["initial_prob"]), number(highest(row)),
+         shorten(row["behavior"], 200), _number(row["initial_prob"]), _number(highest(row)),
          self.names[row["suite"]] if len(self.suites) > 1 else row["category"] or NONE]
         + [("yes" if by_base.get((row["suite"], row["index"], row["attempt"])) else "no")] * others
         for place, row in enumerate(over)]
@@ -392,14 +395,19 @@ class _Report:
     lines = [[k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for k, v in flat.items()]
     for suite, of in self.suites.items():
       lines += [
-          [f"cost of {attack}", f"{cost['queries']:,} queries, {cost['tokens']:,} tokens on {self.names[suite]}"]
-          for attack, cost in of["budget"].items() if cost["queries"]]
+          [f"cost of {attack}, sent to {NAMES[model]}",
+           f"{cost['queries']:,} queries, {cost['tokens']:,} tokens on {self.names[suite]}"]
+          for model, costs in of["budget"].items() for attack, cost in costs.items() if cost["queries"]]
     return folded("All settings", table(["setting", "value"], lines))
 
 
 def _sizes(n: dict[str, int]) -> str:
   """"12 malicious and 8 benign"."""
   return " and ".join(f"{n[label]} {label}" for label in ("malicious", "benign") if n[label])
+
+
+def _number(p: float | None) -> str:
+  return NONE if p is None else f"{p:.2f}"
 
 
 def _one_a_behavior(rows: Sequence[Row]) -> list[Row]:
