@@ -324,7 +324,7 @@ class _Report:
     prompts = len(_one_a_behavior(said))
     text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were {self.succeeded}"
     order = (
-        "; first those that leaked most before a refusal that did not hold, then those in which P(malicious) stayed lowest"
+        "; first those that leaked most before a refusal that did not hold, then those whose P(malicious) stayed lowest"
     ) * (self.defended == "saess")
     parts.append(f"<h3>The worst failures</h3>\n<p>{text}{order}.</p>\n")
     for row in each[:TRACES]:
