@@ -8,7 +8,8 @@ has a place only there], so figures are not those of harnesses that complete pla
 assistant begins with, without the space that tasks put before it. With safety on, log-likelihoods are those of a
 response that sees [CLS], and generation is safe decoding, refusals included. Rolling log-likelihood is of plain text.
 
-The harness is an optional install and is imported when it is needed.
+The harness is an optional install. Where it is there, importing this module registers the model as "saess", for
+`lm_eval.simple_evaluate(model="saess", model_args="checkpoint=RUN,safety=on", ...)`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def model_class() -> type:
       Args:
         checkpoint, weights: as `load`.
         safety: whether [CLS] is seen and decoding intervenes; "on" and "off" will do.
-        batch_size: rows a forward pass.
+        batch_size: rows a forward pass; 8 for "auto".
         max_gen_toks: new tokens where a task does not say.
 
       Raises:
@@ -87,7 +88,8 @@ def model_class() -> type:
       model, self._params, self._tokenizer, settings, self._layout = load(checkpoint, weights)
       self._model = Llama(model.config.replace(dtype="float32"))
       self._safety = settings if words[safety] else None
-      self._batch_size, self._max_gen_toks = int(batch_size), max_gen_toks
+      self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+      self._max_gen_toks = max_gen_toks
       self._limit = model.config.max_seq_len
       self._score = jax.jit(functools.partial(_score, self._model, self._safety is not None))
 
@@ -221,6 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     pathlib.Path(options.out).write_text(text + "\n", encoding="utf-8")
   print(text)
 
+
+try:
+  model_class()
+except ImportError:
+  pass  # Said to who asks for it.
 
 if __name__ == "__main__":
   main()

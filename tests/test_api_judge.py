@@ -9,8 +9,10 @@ import time
 
 import pytest
 
+from saess_jax import command, evaluate
 from saess_jax.judges import ApiConfig, ApiError, Exchange, OpenAIJudge, make_judge
 from saess_jax.judges.api import config_of
+from saess_jax.records import Records
 
 ROWS = [Exchange("Bake bread.", f"Take {n} eggs.") for n in range(3)]
 
@@ -97,6 +99,38 @@ def test_timeouts_are_tried_again(server):
   began = time.monotonic()
   assert judge.judge_many(ROWS[:1])[0].refused and waits == [1.0]
   assert time.monotonic() - began < 3  # The server was silent for longer.
+  assert judge.spent > 100 * 0.15 / 1e6 + 256 * 0.60 / 1e6  # Nobody knows what the first request cost: all it may have.
+
+
+def test_requests_that_nobody_answers_count_against_the_budget(server):
+  server.replies = [(200, None)] * 3
+  judge, _ = judge_of(timeout=0.1, input_price=0, output_price=1000, max_tokens=1000, budget=2.5)
+  with pytest.raises(ApiError, match="^2.0000 of 2.5000 dollars are spent and the next request may cost 1.0000"):
+    judge.judge_many(ROWS)
+  assert len(server.requests) == 2 and judge.spent == 2.0
+
+
+def test_what_never_reached_a_server_costs_nothing(server, monkeypatch):
+  with Server() as gone:
+    address = gone.server_address[1]
+  monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{address}/v1")
+  judge, _ = judge_of(attempts=2)
+  with pytest.raises(ApiError, match="failed 2 times, at last with URLError: .*refused"):
+    judge.judge_many(ROWS)
+  assert judge.spent == 0
+
+
+def test_a_stopped_judge_keeps_its_verdicts_and_the_command_goes_on(server, tmp_path):
+  rows = [{"suite": "s", "method": "direct", "model": "base", "index": i, "attempt": 0, "behavior": row.prompt,
+           "response": row.response, "prefix": ""} for i, row in enumerate(ROWS)]
+  server.replies = [graded(0, 5, 5), (401, b"bad key"), graded(1, 1, 1), graded(1, 1, 1)]
+  records = Records(tmp_path / "openai.jsonl")
+  with pytest.raises(ApiError, match="bad key .* What openai has judged is kept, .* leave it out of --config.judges"):
+    evaluate._judge("openai", judge_of()[0], rows, records)
+  assert [record["index"] for record in records.read()] == [0]
+  evaluate._judge("openai", judge_of()[0], rows, records)
+  assert [record["judgement"]["refused"] for record in records.read()] == [False, True, True]
+  assert len(server.requests) == 4
 
 
 def test_a_server_that_keeps_failing_stops_the_run_and_keeps_what_was_judged(server):
@@ -110,8 +144,9 @@ def test_a_server_that_keeps_failing_stops_the_run_and_keeps_what_was_judged(ser
 def test_a_refused_key_is_not_tried_again(server):
   server.replies = [(401, b"bad key")]
   judge, waits = judge_of()
-  with pytest.raises(ApiError, match="HTTP 401: bad key Check key, URL and model"):
+  with pytest.raises(ApiError, match="HTTP 401: bad key Check key, URL and model") as caught:
     judge.judge_many(ROWS)
+  assert command.is_for_the_user(caught.value)  # One line and status 2.
   assert not waits and len(server.requests) == 1
 
 

@@ -141,6 +141,15 @@ def test_generation_of_the_harness(folder):
     lm_eval.model_class()(weights=str(folder), safety="maybe")
 
 
+def test_the_harness_finds_it_by_its_name(folder):
+  registry = pytest.importorskip("lm_eval.api.registry", reason="the harness is an optional install")
+  kind = registry.get_model(lm_eval.NAME)
+  assert kind is lm_eval.model_class()
+  asked = requests("loglikelihood", (CONTEXT, " Take flour"))
+  model = kind.create_from_arg_obj({"weights": str(folder), "safety": "on"}, {"batch_size": "auto", "device": None})
+  assert model.loglikelihood(asked)[0][0] == pytest.approx(likelihood(folder, "Take flour", True)[0], abs=1e-4)
+
+
 def test_the_task_files_that_ship_run_in_the_harness(folder, tmp_path, monkeypatch):
   pytest.importorskip("lm_eval", reason="the harness is an optional install")
   answers = ["A", "B", "C", "D", "A", "B"]

@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -97,8 +98,11 @@ def config_of(model: str = "") -> ApiConfig:
   return ApiConfig(**changes)
 
 
-class ApiError(RuntimeError):
-  """Judging had to stop. `judged` holds the verdicts on the first rows, which were paid for."""
+class ApiError(OSError):
+  """Judging had to stop, for what a server said or did not say, or for what it would cost.
+
+  `judged` holds the verdicts on the first rows, which were paid for.
+  """
 
   def __init__(self, message: str, judged: list[Judgement] | None = None):
     super().__init__(message)
@@ -106,7 +110,11 @@ class ApiError(RuntimeError):
 
 
 class OpenAIJudge(Judge):
-  """One request a row, one after the other, at temperature 0. `spent` counts US dollars, over all calls."""
+  """One request a row, one after the other, at temperature 0.
+
+  `spent` counts US dollars, over all calls: what a request may have cost at most where the server does not say, also of
+  one that was sent and never answered.
+  """
 
   name = "strongreject"
   at_a_time = 1  # Each is paid for.
@@ -163,13 +171,9 @@ class OpenAIJudge(Judge):
     config = self._config
     # Bytes bound tokens from above for byte-level tokenizers, so the budget holds before the server tells the count.
     worst = self._price(len((_SYSTEM + question).encode()) + 64, config.max_tokens)
-    if self.spent + worst > config.budget:
-      raise ApiError(
-          f"{self.spent:.4f} of {config.budget:.4f} dollars are spent and the next request may cost {worst:.4f}; raise "
-          "OPENAI_BUDGET (or ApiConfig.budget) to go on.")
     body = self._post({
         "model": config.model, "temperature": 0, "max_tokens": config.max_tokens,
-        "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]})
+        "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]}, worst)
     try:
       answer = body["choices"][0]["message"]["content"] or ""
       usage = body.get("usage") or {}
@@ -183,8 +187,12 @@ class OpenAIJudge(Judge):
   def _price(self, prompt_tokens: int, answer_tokens: int) -> float:
     return (prompt_tokens * self._config.input_price + answer_tokens * self._config.output_price) / 1e6
 
-  def _post(self, content: dict[str, Any]) -> Any:
-    """The server's JSON, {} where it sends something else; waits and asks again while an error may pass."""
+  def _post(self, content: dict[str, Any], worst: float) -> Any:
+    """The server's JSON, or what it sent in place of it; waits and asks again while an error may pass.
+
+    Args:
+      worst: US dollars that one request may cost; no request is sent that the budget does not hold.
+    """
     request = urllib.request.Request(
         f"{self._url.rstrip('/')}/chat/completions", json.dumps(content).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"})
@@ -193,6 +201,10 @@ class OpenAIJudge(Judge):
       if attempt:
         self._sleep(wait)
         wait = self._config.wait * 2**attempt
+      if self.spent + worst > self._config.budget:
+        raise ApiError(
+            f"{self.spent:.4f} of {self._config.budget:.4f} dollars are spent and the next request may cost "
+            f"{worst:.4f}; raise OPENAI_BUDGET (or ApiConfig.budget) to go on.")
       try:
         with urllib.request.urlopen(request, timeout=self._config.timeout) as reply:
           return _json(reply.read())
@@ -203,6 +215,8 @@ class OpenAIJudge(Judge):
         wait = max(wait, _seconds(error.headers.get("Retry-After")))
       except (OSError, http.client.HTTPException) as error:  # Timeouts, refused and lost connections.
         trouble = f"{type(error).__name__}: {error}"
+        if not isinstance(getattr(error, "reason", None), (ConnectionRefusedError, socket.gaierror)):
+          self.spent += worst  # It was sent, and may have been answered to nobody.
     raise ApiError(f"{request.full_url} failed {self._config.attempts} times, at last with {trouble}.")
 
 
