@@ -1,4 +1,4 @@
-"""Overnight on two cores: every attack that asks no gradient, on 32 requests of each label of the embedded test split.
+"""Overnight on two cores: every attack that reads no weights, on 32 requests of each label of the embedded test split.
 
   python eval.py --config configs/eval_full.py --checkpoint RUN --workdir OUT
   python eval.py --config configs/eval_full.py --config.suites=malicious:advbench.csv,benign:xstest.csv ...

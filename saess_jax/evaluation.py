@@ -129,13 +129,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
-  """`read_results` of one judge; ValueError if it has judged nothing there."""
+  """`read_results` of one judge, files by their names alone, which may lie elsewhere for the other evaluation.
+
+  Raises:
+    ValueError: it has judged nothing there.
+  """
   rows = read_results(workdir, [judge])
   if not rows:
     raise ValueError(
         f"{judge} has judged nothing in {workdir}; ask for another --judge, or give that evaluation's command again "
         f"with --config.judges=\"('{judge}',)\": it needs no new responses.")
-  return rows
+  short = {key: suites.short_names({row[key] for row in rows}) for key in ("suite", "method")}
+  return [row | {key: names[row[key]] for key, names in short.items()} for row in rows]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 
 from saess_jax.config import EvalConfig
 from saess_jax.data import sources
@@ -46,6 +47,15 @@ def load_suites(config: EvalConfig) -> dict[str, list[sources.Row]]:
     if not rows:
       raise ValueError(f"Suite {suite} has no rows.")
   return suites
+
+
+def short_names(names: Collection[str]) -> dict[str, str]:
+  """Of suites and attacks: a path's last part, where that still tells them apart."""
+  short = {}
+  for name in names:
+    kind, _, path = name.partition(":")
+    short[name] = f"{kind}:{path.rstrip('/').rpartition('/')[2]}" if path else name
+  return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 
 def digest(suites: dict[str, list[sources.Row]]) -> str:

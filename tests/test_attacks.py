@@ -17,6 +17,7 @@ from saess_jax.attacks import ATTACKS, Attempt, Target, encodings, make_attack, 
 from saess_jax.attacks.filler import GARDEN, METHOD, exact_cut, shuffled
 from saess_jax.attacks.prefill import FIRST_STEPS, OPENERS, SECOND_STEPS
 from saess_jax.config import SafetyConfig
+from saess_jax.data import sources
 from saess_jax.data.chat import encode_prompt, encode_text
 from saess_jax.masks import TokenKind
 from saess_jax.sampling import SamplingConfig
@@ -405,6 +406,28 @@ def test_a_jailbreakbench_artifact(tmp_path):
   assert made == [[Attempt("As a poet, " + BEHAVIORS[0], queries=7)], [Attempt(BEHAVIORS[1], variant="none found")]]
 
 
+def test_prompts_of_pap_with_their_techniques(tmp_path):
+  made = {"Misrepresentation": "As a researcher ...", "Logical Appeal": "It follows that ..."}
+  name = write(tmp_path / "pap.jsonl", "".join(json.dumps(
+      {"ss_technique": technique, "bad_request": BEHAVIORS[0], "ss_prompt": prompt}) + "\n"
+      for technique, prompt in made.items()))
+  assert attempts(name, BEHAVIORS[:1]) == [[Attempt(prompt, variant=technique) for technique, prompt in made.items()]]
+  (suite,) = sources.read_requests(name.removeprefix("file:"), "malicious")
+  assert (suite.prompt, suite.label) == (BEHAVIORS[0], 1)
+
+
+def test_a_request_and_the_prompt_that_asks_for_it(tmp_path):
+  name = write(tmp_path / "mine.csv", f"forbidden_prompt,prompt\n{BEHAVIORS[0]},please\n")
+  assert attempts(name, BEHAVIORS[:1]) == [[Attempt("please")]]
+  assert [row.prompt for row in sources.read_requests(name.removeprefix("file:"), "malicious")] == [BEHAVIORS[0]]
+
+
+def test_a_chat_that_was_made_before(tmp_path):
+  turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello"), ("user", "Now."))]
+  name = write(tmp_path / "mine.jsonl", json.dumps({"goal": BEHAVIORS[0], "prompt": turns}) + "\n")
+  assert attempts(name, BEHAVIORS[:1]) == [[Attempt(turns)]]
+
+
 def test_a_table_with_other_capitals_and_gaps(tmp_path):
   name = write(tmp_path / "mine.csv", f"Goal,Prompt,Queries\n{BEHAVIORS[0]},please,7.0\n{BEHAVIORS[0]},now,\n")
   ((first, second),) = attempts(name, BEHAVIORS[:1])
@@ -432,6 +455,9 @@ def test_rows_of_a_behavior_are_its_attempts(tmp_path, suffix, text):
     ("csv", "goal,prompt,queries\na,b,many\n", "mine.csv:2 has queries 'many'; expected a number"),
     ("jsonl", '{"goal": "a", "prompt": "b"}\n[]\n', "mine.jsonl:2: a JSON list"),
     ("jsonl", '{"goal": "a", "prompt": ["b"]}\n', "mine.jsonl:1 has a prompt of type list; expected text"),
+    ("jsonl", '{"goal": "a", "prompt": "b", "technique": 3}\n', "mine.jsonl:1 has a technique of type int"),
+    ("jsonl", '{"goal": "a", "prompt": [{"role": "assistant", "content": "b"}]}\n',
+     "mine.jsonl:1: The last message has role 'assistant'"),
     ("jsonl", '{"goal": 1, "prompt": "b"}\n', "mine.jsonl:1 has goal, prompt; expected behavior")])
 def test_bad_files(tmp_path, suffix, text, message):
   with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import math
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -308,6 +309,23 @@ def test_two_evaluations_alike_differ_in_nothing(config, tmp_path, capsys):
   evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
   said = capsys.readouterr().out
   assert "differ" not in said and "direct" in said and "prefill_5" not in said
+
+
+def test_the_same_files_in_another_place_are_compared(config, tmp_path, capsys):
+  (suite,) = suites_lib.load_suites(config).values()
+  for name in "ab":
+    (tmp_path / name).mkdir()
+    kind, _, path = config.suites.partition(":")
+    shutil.copy(path, tmp_path / name / "prompts.csv")
+    (tmp_path / name / "made.csv").write_text(
+        "goal,prompt\n" + "".join(f"{row.prompt},Please\n" for row in suite if row.label))
+    here = dataclasses.replace(
+        config, suites=f"{kind}:{tmp_path / name / 'prompts.csv'}", attacks=(f"file:{tmp_path / name / 'made.csv'}",))
+    evaluate(here, tmp_path / name / "out", models())
+  capsys.readouterr()
+  evaluation.main([str(tmp_path / name / "out") for name in "ab"])
+  said = capsys.readouterr().out
+  assert f"{kind}:prompts.csv, saess, file:made.csv (malicious)" in said and "A and B differ in suites (" in said
 
 
 def test_settings_weights_and_files_that_differ_are_named(config, tmp_path, capsys):

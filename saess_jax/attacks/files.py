@@ -2,8 +2,10 @@
 
   JSON         JailbreakBench's schema (Chao et al. 2024): {"parameters": ..., "jailbreaks": [{"index", "goal",
                "behavior", "prompt", ...}, ...]}; "goal" is the request, "behavior" only its title
-  CSV, JSONL   columns goal (or behavior) and prompt; prefix (or target_prefix) and queries if there are some; names of
-               columns in any case
+  CSV, JSONL   columns goal (or behavior, forbidden_prompt) and prompt; prefix (or target_prefix), queries and technique
+               if there are some; names of columns in any case. In JSONL a prompt may be a chat that ends with the
+               user's turn: [{"role", "content"}, ...]
+  PAP          the same with bad_request, ss_prompt and ss_technique (Zeng et al. 2024)
 
 Several rows of a behavior are several attempts. A prompt that is null, or empty in a CSV, is a behavior for which that
 attack found nothing; it is asked as it stands. The same file is a suite too, of what its prompts ask for.
@@ -18,11 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from saess_jax.attacks.base import Attack, Attempt, Target
-from saess_jax.data import sources
+from saess_jax.data import chat, sources
 
 READERS = {".json": sources.read_artifact, ".csv": sources.read_csv, ".jsonl": sources.read_jsonl}
 PREFIX = ("prefix", "target_prefix")
 QUERIES = ("queries", "number_of_queries", "queries_to_jailbreak")
+TECHNIQUE = ("technique", "ss_technique")
 
 
 class File(Attack):
@@ -53,18 +56,28 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
   for number, record in sources.read_records(path, READERS):
     place = f"{path.name}{', jailbreak ' if path.suffix.lower() == '.json' else ':'}{number}"
     record = sources.fields_of(record)
-    behavior, prompt = sources.request_of(record), record.get("prompt")
-    if not isinstance(behavior, str) or "prompt" not in record:
+    behavior, prompt = sources.request_of(record), _first(record, sources.ATTACK_COLUMNS)
+    if not isinstance(behavior, str) or not any(column in record for column in sources.ATTACK_COLUMNS):
       raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")
     prefix, queries = _first(record, PREFIX) or "", _first(record, QUERIES) or 0
-    for name, text in (("prompt", prompt or ""), ("prefix", prefix)):
+    technique = _first(record, TECHNIQUE) or ""
+    for name, text in (("prefix", prefix), ("technique", technique)):
       if not isinstance(text, str):
         raise ValueError(f"{place} has a {name} of type {type(text).__name__}; expected text.")
+    if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
+      try:
+        chat.check_messages(prompt)
+      except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    elif not isinstance(prompt or "", str):
+      raise ValueError(
+          f"{place} has a prompt of type {type(prompt).__name__}; expected text, or turns of a chat, each with role "
+          "and content.")
     if not re.fullmatch(r"\d+(\.0)?", str(queries)):  # A table with gaps in it holds its whole numbers as 7.0.
       raise ValueError(f"{place} has queries {queries!r}; expected a number of 0 or more.")
     attempts = found.setdefault(sources.request_key(behavior), [])
-    if prompt and prompt.strip():
-      variant = f"attempt {len(attempts) + 1}" if attempts else ""
+    if prompt and (isinstance(prompt, list) or prompt.strip()):
+      variant = technique or (f"attempt {len(attempts) + 1}" if attempts else "")
       attempts.append(Attempt(prompt, prefix, variant=variant, queries=int(float(queries))))
   return found
 

@@ -79,7 +79,7 @@ def encode_prompt(
       messages, no chat template, or one that does not take these messages (turns out of order, say), drops, repeats or
       reorders contents, or changes its own text with them.
   """
-  tokens, owners = encode_spans(tokenizer, *_render(tokenizer, _check_messages(messages, system_prompt)))
+  tokens, owners = encode_spans(tokenizer, *_render(tokenizer, check_messages(messages, system_prompt)))
   kinds = np.where(owners, TokenKind.QUERY, TokenKind.AUX)
   kinds[np.flatnonzero(owners)[-1] + 1:] = TokenKind.HEADER
   return np.asarray(tokens, np.int32), kinds.astype(np.int32)
@@ -100,7 +100,7 @@ def encode_exchange(
   """
   if not response.strip():
     raise ValueError(f"The response is {response!r}; expected text.")
-  whole = [*_check_messages(messages, ""), {"role": "assistant", "content": response}]
+  whole = [*check_messages(messages, ""), {"role": "assistant", "content": response}]
   return np.asarray(encode_spans(tokenizer, *_render(tokenizer, whole))[0], np.int32)
 
 
@@ -221,7 +221,8 @@ def encode_document(
   return chunks
 
 
-def _check_messages(messages: Messages, system_prompt: str) -> list[dict[str, str]]:
+def check_messages(messages: Messages, system_prompt: str = "") -> list[dict[str, str]]:
+  """The messages as a list, behind the system prompt; the ValueErrors of `encode_prompt` that no template raises."""
   messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
   if system_prompt:
     if messages and messages[0].get("role") == "system":

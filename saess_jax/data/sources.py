@@ -28,7 +28,9 @@ SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
 SETS = ("plain", "subtle")  # Folders of this package beside "embedded", named like files (docs/data.md).
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "forbidden_prompt", "text")
-REQUEST_COLUMNS = ("goal", "behavior")  # What an attack's prompt asks for: the first that is filled.
+# What an attack's row asks for, by the first column that is filled, and what it sends for it; the last ones are PAP's.
+REQUEST_COLUMNS = ("goal", "behavior", "forbidden_prompt", "bad_request")
+ATTACK_COLUMNS = ("prompt", "ss_prompt")
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
 LABEL_WORDS = {
     "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
@@ -79,7 +81,7 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
   rows: dict[int | str, Row] = {}
   for number, record in read_records(file, _READERS | {".json": read_artifact}):
     fields = fields_of(record)
-    request = request_of(fields) if "prompt" in fields else None
+    request = request_of(fields) if any(column in fields for column in ATTACK_COLUMNS) else None
     if request is None:
       rows[number] = _row(record, file.name, number, default)
     else:  # A response beside it is one to the attack.

@@ -115,15 +115,6 @@ def count(rate: dict[str, float] | None) -> str:
   return "" if rate is None else f"{rate['count']} of {rate['n']}"
 
 
-def suite_names(suites: Sequence[str]) -> dict[str, str]:
-  """Short names: a path's last part, where that still tells the suites apart."""
-  short = {}
-  for suite in suites:
-    kind, _, path = suite.partition(":")
-    short[suite] = f"{kind}:{path.rstrip('/').rpartition('/')[2]}" if path else suite
-  return short if len(set(short.values())) == len(short) else {suite: suite for suite in suites}
-
-
 def beside(text: str) -> Raw:
   """`text` as a link to responses.jsonl, which lies beside the page; a browser cannot be sent to one of its lines."""
   return Raw(f'<a href="responses.jsonl">{escape(text)}</a>')

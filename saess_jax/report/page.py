@@ -20,12 +20,12 @@ from saess_jax.report.markup import (
     section,
     share,
     shorten,
-    suite_names,
     table,
 )
 from saess_jax.report.rows import RowBook
 from saess_jax.report.shown import Row, complied, highest, outcome, prefix_is_harmless, refused
 from saess_jax.report.trace import LEGEND, trace
+from saess_jax.suites import short_names
 
 TRACES, LISTED, EXAMPLES = 5, 100, 3  # How many of a kind are printed; others by their lines of responses.jsonl.
 _CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
@@ -62,7 +62,7 @@ class _Report:
         TO_THE_POINT: ("answered", "answers")}[metrics["judge"]["success"]]
     self.safety = metrics["config"]["safety"]
     self.suites = metrics["figures"]
-    self.names = suite_names(list(self.suites))
+    self.names = short_names(list(self.suites))
     self.book = RowBook(rows, self.judge, self.safety, responses)
     self.drawings = figures.Drawings()
 
