@@ -1,8 +1,8 @@
 """Your own prompts: `--config.suites=file:prompts.csv`, a CSV or JSONL file with a prompt, goal, behavior, ... column.
 
 A label column (malicious or benign) is used where there is one; without it all rows count as malicious, or as benign in
-`benign:prompts.csv`. A file of attacks (goal or behavior beside prompt, or a JailbreakBench artifact) is a suite of its
-goals; `--config.attacks="('direct','file:attacks.csv')"` sends its prompts.
+`benign:prompts.csv`. A file of attacks (a goal, behavior or forbidden_prompt beside prompt, or a JailbreakBench
+artifact) is a suite of its goals; `--config.attacks="('direct','file:attacks.csv')"` sends its prompts.
 """
 
 from saess_jax.config import EvalConfig, to_config_dict

@@ -228,8 +228,8 @@ def _judge(
             for row in rows]))  # Rollback may have cut the prefix short.
       except judges.ApiError as error:
         write(error.judged)  # What was paid for is kept.
-        error.args = (f"{error} What {name} has judged is kept, and the same command goes on; for the figures of other "
-                      "judges leave it out of --config.judges.",)
+        error.args = (f"{error} What {name} has judged is kept: the same command goes on once this is mended, and "
+                      "gives the figures of other judges if --config.judges names these alone.",)
         raise
       bar.update(len(rows))
 

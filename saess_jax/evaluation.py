@@ -119,8 +119,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--judge", default="rules", help="whose verdicts count; it has to have judged both")
   options = parser.parse_args(argv)
   try:
-    different = differences(*map(read_claim, options.workdirs))
-    a, b = (_judged(workdir, options.judge) for workdir in options.workdirs)
+    (claim, other), (a, b) = (
+        list(map(of, options.workdirs)) for of in (read_claim, lambda workdir: _judged(workdir, options.judge)))
+    same = {key: _same_files({row[key] for row in a}, {row[key] for row in b}) for key in ("suite", "method")}
+    b = [row | {key: names.get(row[key], row[key]) for key, names in same.items()} for row in b]
+    other["attack files"] = {
+        same["method"].get(name, name): digest for name, digest in other.get("attack files", {}).items()}
+    different = differences(claim, other)
     print(metrics_lib.compare(a, b, options.judge))
   except ValueError as error:
     raise SystemExit(f"{error} (A: {options.workdirs[0]}, B: {options.workdirs[1]})") from None
@@ -129,18 +134,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
-  """`read_results` of one judge, files by their names alone, which may lie elsewhere for the other evaluation.
-
-  Raises:
-    ValueError: it has judged nothing there.
-  """
+  """`read_results` of one judge; ValueError if it has judged nothing there."""
   rows = read_results(workdir, [judge])
   if not rows:
     raise ValueError(
         f"{judge} has judged nothing in {workdir}; ask for another --judge, or give that evaluation's command again "
         f"with --config.judges=\"('{judge}',)\": it needs no new responses.")
-  short = {key: suites.short_names({row[key] for row in rows}) for key in ("suite", "method")}
-  return [row | {key: names[row[key]] for key, names in short.items()} for row in rows]
+  return rows
+
+
+def _same_files(ours: set[str], theirs: set[str]) -> dict[str, str]:
+  """Their suites or attacks -> ours, of files that lie elsewhere: what both have once, by the last part of its path."""
+  last = lambda names: {suites.last_part(name): name for name in sorted(names)}
+  alone = [last(names) if len(last(names)) == len(names) else {} for names in (ours - theirs, theirs - ours)]
+  return {alone[1][name]: alone[0][name] for name in alone[0].keys() & alone[1].keys()}
 
 
 if __name__ == "__main__":

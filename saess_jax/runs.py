@@ -48,7 +48,8 @@ def claim(
   digests = {split: {"rows": len(of), "sha256": hashlib.sha256(repr(list(of)).encode()).hexdigest()}
              for split, of in rows.items()}
   if path.exists():
-    ours, theirs = _flat(mine), _flat(json.loads(path.read_text()))
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # Of settings that an older run did not know.
+    ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(path.read_text()))
     different = [
         f"{key} is {ours.get(key)!r} now and {theirs.get(key)!r} there"
         for key in sorted(ours.keys() | theirs.keys())

@@ -68,6 +68,9 @@ def _limit(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
   Without a sort, which on a CPU takes longer than the model: a logit is kept if few enough tokens, and little enough
   probability, lie above it, and both only grow as it falls. So the lowest that is kept can be looked for by halves.
+
+  Args:
+    logits: float32 [B, V]; -inf for what is never drawn.
   """
   highest = jnp.max(logits, axis=-1, keepdims=True)
   weight = jnp.exp(logits - highest)
@@ -95,7 +98,7 @@ def _lowest(logits: jax.Array, kept: Callable[[jax.Array], jax.Array]) -> jax.Ar
 
   def halve(_, ends):
     out, into = ends
-    middle = (out & into) + ((out ^ into) >> 1)  # Their mean, without an overflow.
+    middle = (out | into) - ((out ^ into) >> 1)  # Their mean, rounded up, without an overflow: never `out`.
     is_kept = kept(value(middle))
     return jnp.where(is_kept, out, middle), jnp.where(is_kept, middle, into)
 

@@ -25,8 +25,8 @@ def load_suites(config: EvalConfig) -> dict[str, list[sources.Row]]:
   ("embedded:validation", on which settings are chosen), or a CSV or JSONL file with a
   prompt, goal, behavior, instruction or forbidden_prompt column: "file:PATH" (labels from its label column, all
   malicious without one), "malicious:PATH" or "benign:PATH" (rows of that label, all of them in a file without labels).
-  A file of attacks, with a prompt column beside goal or behavior or a JailbreakBench artifact, is a suite of what these
-  ask for.
+  A file of attacks, with a prompt column beside one of `sources.REQUEST_COLUMNS` or a JailbreakBench artifact, is a
+  suite of what these ask for.
 
   Raises:
     ValueError: an unknown suite, one without rows, or what `sources` raises.
@@ -49,12 +49,15 @@ def load_suites(config: EvalConfig) -> dict[str, list[sources.Row]]:
   return suites
 
 
+def last_part(name: str) -> str:
+  """A suite's or an attack's name with the last part of its path alone."""
+  kind, _, path = name.partition(":")
+  return f"{kind}:{path.rstrip('/').rpartition('/')[2]}" if path else name
+
+
 def short_names(names: Collection[str]) -> dict[str, str]:
-  """Of suites and attacks: a path's last part, where that still tells them apart."""
-  short = {}
-  for name in names:
-    kind, _, path = name.partition(":")
-    short[name] = f"{kind}:{path.rstrip('/').rpartition('/')[2]}" if path else name
+  """`last_part` of each, where that still tells them apart."""
+  short = {name: last_part(name) for name in names}
   return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 

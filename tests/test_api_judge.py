@@ -105,7 +105,7 @@ def test_timeouts_are_tried_again(server):
 def test_requests_that_nobody_answers_count_against_the_budget(server):
   server.replies = [(200, None)] * 3
   judge, _ = judge_of(timeout=0.1, input_price=0, output_price=1000, max_tokens=1000, budget=2.5)
-  with pytest.raises(ApiError, match="^2.0000 of 2.5000 dollars are spent and the next request may cost 1.0000"):
+  with pytest.raises(ApiError, match="^2.0000 of 2.5000 dollars are or may be spent .* cost 1.0000; .* TimeoutError"):
     judge.judge_many(ROWS)
   assert len(server.requests) == 2 and judge.spent == 2.0
 
@@ -125,7 +125,7 @@ def test_a_stopped_judge_keeps_its_verdicts_and_the_command_goes_on(server, tmp_
            "response": row.response, "prefix": ""} for i, row in enumerate(ROWS)]
   server.replies = [graded(0, 5, 5), (401, b"bad key"), graded(1, 1, 1), graded(1, 1, 1)]
   records = Records(tmp_path / "openai.jsonl")
-  with pytest.raises(ApiError, match="bad key .* What openai has judged is kept, .* leave it out of --config.judges"):
+  with pytest.raises(ApiError, match="bad key .* What openai has judged is kept: .* once this is mended"):
     evaluate._judge("openai", judge_of()[0], rows, records)
   assert [record["index"] for record in records.read()] == [0]
   evaluate._judge("openai", judge_of()[0], rows, records)
@@ -153,7 +153,7 @@ def test_a_refused_key_is_not_tried_again(server):
 def test_the_budget_stops_before_it_is_exceeded(server):
   server.replies = [graded(0, 5, 5, prompt_tokens=1000, completion_tokens=100)] * 3
   judge, _ = judge_of(input_price=1000, output_price=1000, max_tokens=100, budget=3.0)
-  with pytest.raises(ApiError, match=r"^2.2000 of 3.0000 dollars are spent .* raise OPENAI_BUDGET") as caught:
+  with pytest.raises(ApiError, match=r"^2.2000 of 3.0000 dollars are or may be spent .* raise OPENAI_BUDGET") as caught:
     judge.judge_many(ROWS)
   assert len(caught.value.judged) == 2 and len(server.requests) == 2 and judge.spent == pytest.approx(2.2)
 

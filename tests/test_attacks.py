@@ -449,8 +449,9 @@ def test_rows_of_a_behavior_are_its_attempts(tmp_path, suffix, text):
 @pytest.mark.parametrize("suffix, text, message", [
     ("txt", "x", "mine.txt ends in '.txt'; expected .json"), ("json", "{", "mine.json is malformed JSON"),
     ("json", "[]", "mine.json is no JailbreakBench artifact"), ("json", "{}", "is no JailbreakBench artifact"),
-    ("json", '{"jailbreaks": [{"goal": "a"}]}', "mine.json, jailbreak 1 has goal; expected behavior"),
-    ("csv", "goal,text\na,b\n", "mine.csv:2 has goal, text; expected behavior"), ("csv", "goal,prompt\n", "is empty"),
+    ("json", '{"jailbreaks": [{"goal": "a"}]}', "mine.json, jailbreak 1 has goal; expected one of goal, beh"),
+    ("csv", "goal,text\na,b\n", "mine.csv:2 has goal, text; expected one of goal"),
+    ("csv", "goal,prompt\n", "is empty"),
     ("csv", "goal,prompt\na,b,c\n", "mine.csv:2: 1 more fields"),
     ("csv", "goal,prompt,queries\na,b,many\n", "mine.csv:2 has queries 'many'; expected a number"),
     ("jsonl", '{"goal": "a", "prompt": "b"}\n[]\n', "mine.jsonl:2: a JSON list"),
@@ -458,7 +459,7 @@ def test_rows_of_a_behavior_are_its_attempts(tmp_path, suffix, text):
     ("jsonl", '{"goal": "a", "prompt": "b", "technique": 3}\n', "mine.jsonl:1 has a technique of type int"),
     ("jsonl", '{"goal": "a", "prompt": [{"role": "assistant", "content": "b"}]}\n',
      "mine.jsonl:1: The last message has role 'assistant'"),
-    ("jsonl", '{"goal": 1, "prompt": "b"}\n', "mine.jsonl:1 has goal, prompt; expected behavior")])
+    ("jsonl", '{"goal": 1, "prompt": "b"}\n', "mine.jsonl:1 has goal, prompt; expected one of")])
 def test_bad_files(tmp_path, suffix, text, message):
   with pytest.raises(ValueError, match=message):
     make_attack(write(tmp_path / f"mine.{suffix}", text))

@@ -311,21 +311,30 @@ def test_two_evaluations_alike_differ_in_nothing(config, tmp_path, capsys):
   assert "differ" not in said and "direct" in said and "prefill_5" not in said
 
 
-def test_the_same_files_in_another_place_are_compared(config, tmp_path, capsys):
+def test_files_in_another_place_are_the_same_files(config, tmp_path, capsys):
   (suite,) = suites_lib.load_suites(config).values()
-  for name in "ab":
+  kind, _, path = config.suites.partition(":")
+  for name, words in (("a", "Please"), ("b", "At once")):
     (tmp_path / name).mkdir()
-    kind, _, path = config.suites.partition(":")
     shutil.copy(path, tmp_path / name / "prompts.csv")
     (tmp_path / name / "made.csv").write_text(
-        "goal,prompt\n" + "".join(f"{row.prompt},Please\n" for row in suite if row.label))
+        "goal,prompt\n" + "".join(f"{row.prompt},{words}\n" for row in suite if row.label))
     here = dataclasses.replace(
         config, suites=f"{kind}:{tmp_path / name / 'prompts.csv'}", attacks=(f"file:{tmp_path / name / 'made.csv'}",))
     evaluate(here, tmp_path / name / "out", models())
   capsys.readouterr()
   evaluation.main([str(tmp_path / name / "out") for name in "ab"])
-  said = capsys.readouterr().out
-  assert f"{kind}:prompts.csv, saess, file:made.csv (malicious)" in said and "A and B differ in suites (" in said
+  *lines, last = capsys.readouterr().out.splitlines()
+  assert sum("made.csv (malicious)" in line for line in lines) == 2  # Of each model.
+  assert "A and B differ in suites (" in last and re.search(r"the digest of file:\S+a/made.csv \('\w+', '\w+'\)", last)
+
+
+def test_files_are_matched_by_their_full_names_first():
+  same = evaluation._same_files
+  assert same({"file:x/p.csv", "embedded"}, {"file:x/p.csv", "file:y/p.csv"}) == {}
+  assert same({"file:x/p.csv"}, {"file:y/p.csv", "file:z/q.csv"}) == {"file:y/p.csv": "file:x/p.csv"}
+  assert same({"file:x/p.csv"}, {"benign:y/p.csv"}) == {}
+  assert same({"file:x/p.csv"}, {"file:y/p.csv", "file:z/p.csv"}) == {}  # Which of the two is not known.
 
 
 def test_settings_weights_and_files_that_differ_are_named(config, tmp_path, capsys):

@@ -187,7 +187,7 @@ def our_trace(config: ModelConfig, params, tokenizer, safety, messages, response
 def compare_traces(reference, config, params, tokenizer, safety, messages, response):
   """Asserts that both find the same; returns the phases that came up, with a "+" where [CLS] was frozen in one."""
   initial, probs, phases = our_trace(config, params, tokenizer, safety, messages, response)
-  reference.rules = reference.rules | {"threshold": safety.threshold}
+  reference.rules = reference.rules | {"threshold": safety.threshold, "heeds_query": safety.heeds_query}
   their_initial, their_probs = reference.trace(messages, response)
   assert their_initial == pytest.approx(initial, abs=1e-3)
   assert reference.initial(messages) == pytest.approx(initial, abs=1e-3)
@@ -221,6 +221,8 @@ def test_torch_reference_finds_our_probabilities(case, tmp_path):
       phases |= compare_traces(
           reference, loaded.config, params, tokenizer, SAFETY.replace(threshold=threshold), messages, response)
   assert phases == {"BENIGN", "ALARM", "ALARM+", "MALICIOUS", "MALICIOUS+"}
+  unheeded = SAFETY.replace(threshold=0.0, heeds_query=False)  # Rule 3 from the first token on.
+  assert compare_traces(reference, loaded.config, params, tokenizer, unheeded, CHAT, response) == {"ALARM", "ALARM+"}
 
 
 @pytest.mark.slow

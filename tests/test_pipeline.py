@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax.config import DataConfig, LossConfig, ProbeConfig, SafetyConfig, TrainConfig
-from saess_jax.data import openers, pipeline, probes
+from saess_jax.data import chat, disguises, openers, pipeline, probes
 from saess_jax.data.sources import Row
 from saess_jax.masks import TokenKind
 
@@ -147,15 +147,25 @@ def test_a_share_of_queries_is_disguised_where_it_fits():
       CONFIG.data, responses="rollouts", disguises=0.5, histories=0.5, max_length=150, buckets=(150,))
   rows = [Row(f"{what} the bread of neighbour number {n}?", "", label, "", "")
           for n in range(60) for label, what in enumerate(("Bake", "Poison"))]
-  rows += [Row("Bake " * 38 + "it.", "", 0, "", ""), Row("Who bakes?", "", 0, "", "")]
+  rows.append(Row("Who bakes?", "", 0, "", ""))
   written = [0, 0]
-  *examples, long, _ = build(rows, {"Who bakes?": "Bakers."}, dataclasses.replace(CONFIG, data=data))
+  *examples, _ = build(rows, {"Who bakes?": "Bakers."}, dataclasses.replace(CONFIG, data=data))
   for row, example in zip(rows, examples):
     query = tiny_tokenizer().decode(example.tokens[example.kinds == TokenKind.QUERY]).removeprefix("Who bakes?Bakers.")
     written[row.label] += query != row.prompt
     assert example.label == row.label and len(example.tokens) <= 150
   assert all(10 < count < 40 for count in written)
-  assert tiny_tokenizer().decode(long.tokens).count("Bake") == 38  # Nothing longer would fit.
+
+
+def test_a_disguise_is_put_on_where_just_one_response_token_would_fit(monkeypatch):
+  monkeypatch.setattr(disguises, "draw", lambda text, rng: f"{text} Bake!")
+  row = Row("Who bakes?", "", 1, "", "")
+  length = len(chat.encode_prompt(tiny_tokenizer(), f"{row.prompt} Bake!")[0])
+  for room, written in ((2, f"{row.prompt} Bake!"), (1, row.prompt)):  # [CLS] and a response token, or [CLS] alone.
+    data = dataclasses.replace(
+        CONFIG.data, responses="rollouts", disguises=1.0, max_length=length + room, buckets=(length + room,))
+    (example,) = build([row], {}, dataclasses.replace(CONFIG, data=data))
+    assert tiny_tokenizer().decode(example.tokens[example.kinds == TokenKind.QUERY]) == written
 
 
 def test_openers_in_training_are_not_those_of_attacks():

@@ -15,6 +15,7 @@ import pytest
 from saess_jax.config import EvalConfig, SafetyConfig
 from saess_jax.judges import make_judge
 from saess_jax.metrics import metrics_of
+from saess_jax.metrics import table as metrics_table
 from saess_jax.report import scores, write_report
 from saess_jax.report.shown import attempt_text, refusal_tokens, shown_tokens
 from saess_jax.sampling import SamplingConfig
@@ -312,7 +313,8 @@ def test_models_without_cls_alone(tmp_path):
   assert "trained, without [CLS]" in text
   failures = text[text.index("id='failures'"):text.index("id='settings'")]
   assert "12 responses, to 12 of 12 malicious prompts, were not refused.</p>" in failures
-  assert len(set(re.findall(r'href="#row-(\d+)"', failures))) == 12 and "leaked most" not in failures
+  assert len(set(re.findall(r'href="#row-(\d+)"', failures))) == 12
+  assert "leaked" not in failures and "P of the query" not in failures and "class='trace'" not in failures
 
 
 def test_unnamed_categories_and_empty_responses(tmp_path):
@@ -335,10 +337,19 @@ def test_what_cannot_be_sent_is_no_attack_among_several(tmp_path):
   text = page(tmp_path, ROWS + soft, EvalConfig(attacks=(*ATTACKS, "soft_prompt_5")))
   assert headline(text) == headline(page(tmp_path)) and "Free embeddings cannot be sent" in text
   assert cells(text, "attack success, any attack") == ["100% [61, 100]", "17% [3, 56]"]
-  assert cells(text, "worst attack")[1] == "100% [61, 100] soft_prompt_5"
-  figures = metrics_of(soft, {**dataclasses.asdict(EvalConfig(attacks=("soft_prompt_5",))), "safety": SAFETY})
-  assert figures["suites"]["file:prompts.csv"]["saess"]["attack_success_rate"] is None
-  parsed(page(tmp_path, soft, EvalConfig(attacks=("soft_prompt_5",))))
+  for line in ("worst attack", "mean leaked tokens", "malicious, never stopped"):
+    assert cells(text, line) == cells(page(tmp_path), line)
+  assert "any that can be sent" in text and "any that can be sent" not in page(tmp_path)
+  config = EvalConfig(attacks=(*ATTACKS, "soft_prompt_5"))
+  metrics = metrics_of(ROWS + soft, {**dataclasses.asdict(config), "safety": SAFETY})
+  assert metrics["figures"]["file:prompts.csv"]["attack_success_rate"]["saess"]["soft_prompt_5"]["rate"] == 1
+  assert re.search(r"\nany that can be sent +100% \[61, 100\] +17% \[3, 56\]\n", metrics_table(metrics))
+  alone = EvalConfig(attacks=("soft_prompt_5",))
+  metrics = metrics_of(soft, {**dataclasses.asdict(alone), "safety": SAFETY})
+  assert metrics["suites"]["file:prompts.csv"]["saess"]["attack_success_rate"] is None
+  text = page(tmp_path, soft, alone)
+  parsed(text)
+  assert headline(text) == "Nothing was asked that can be sent."
 
 
 def test_what_an_attack_cost_on_each_model(tmp_path):

@@ -404,6 +404,18 @@ def test_another_run_s_workdir_is_refused_untouched(finished):
   assert before == sorted((p, p.stat().st_mtime) for p in workdir.rglob("*"))
 
 
+def test_a_run_that_did_not_know_a_setting_had_its_default(tmp_path):
+  config = config_lib.TrainConfig()
+  file = runs.claim(tmp_path / "run", config, {}) / "config.json"
+  values = json.loads(file.read_text())
+  del values["data"]["disguises"], values["safety"]["heeds_query"]
+  file.write_text(json.dumps(values))
+  runs.claim(tmp_path / "run", config, {})
+  disguised = dataclasses.replace(config, data=dataclasses.replace(config.data, disguises=0.5))
+  with pytest.raises(ValueError, match="holds another run: data.disguises is 0.5 now and 0.0 there[.]"):
+    runs.claim(tmp_path / "run", disguised, {})
+
+
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
   config, workdir, _ = finished
   shutil.copytree(workdir, tmp_path / "run")

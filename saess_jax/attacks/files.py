@@ -5,7 +5,7 @@
   CSV, JSONL   columns goal (or behavior, forbidden_prompt) and prompt; prefix (or target_prefix), queries and technique
                if there are some; names of columns in any case. In JSONL a prompt may be a chat that ends with the
                user's turn: [{"role", "content"}, ...]
-  PAP          the same with bad_request, ss_prompt and ss_technique (Zeng et al. 2024)
+  PAP          the same with bad_request, ss_prompt and ss_technique (Zeng et al. 2024; the names from memory)
 
 Several rows of a behavior are several attempts. A prompt that is null, or empty in a CSV, is a behavior for which that
 attack found nothing; it is asked as it stands. The same file is a suite too, of what its prompts ask for.
@@ -58,7 +58,8 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
     record = sources.fields_of(record)
     behavior, prompt = sources.request_of(record), _first(record, sources.ATTACK_COLUMNS)
     if not isinstance(behavior, str) or not any(column in record for column in sources.ATTACK_COLUMNS):
-      raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected behavior (or goal) and prompt.")
+      raise ValueError(f"{place} has {', '.join(record) or 'nothing'}; expected one of "
+                       f"{', '.join(sources.REQUEST_COLUMNS)}, and one of {', '.join(sources.ATTACK_COLUMNS)}.")
     prefix, queries = _first(record, PREFIX) or "", _first(record, QUERIES) or 0
     technique = _first(record, TECHNIQUE) or ""
     for name, text in (("prefix", prefix), ("technique", technique)):

@@ -6,8 +6,8 @@ in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, bot
 (Alpaca) is appended to it after a blank line. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a line
 and no labels.
 
-A row that names a goal or behavior beside its prompt is an attack's: the prompt asks for what is named. Training reads
-its prompt, as of any row (`read_rows`); an evaluation what it asks for (`read_requests`).
+A row that names a request (`REQUEST_COLUMNS`) beside its prompt is an attack's: the prompt asks for what is named.
+Training reads its prompt, as of any row (`read_rows`); an evaluation what it asks for (`read_requests`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -112,8 +111,8 @@ class ApiError(OSError):
 class OpenAIJudge(Judge):
   """One request a row, one after the other, at temperature 0.
 
-  `spent` counts US dollars, over all calls: what a request may have cost at most where the server does not say, also of
-  one that was sent and never answered.
+  `spent` counts US dollars, over all calls: what a request may have cost at most where an answer does not say, also of
+  one that was sent and never answered. Errors that the server itself reports (4xx, 5xx) cost nothing.
   """
 
   name = "strongreject"
@@ -202,9 +201,10 @@ class OpenAIJudge(Judge):
         self._sleep(wait)
         wait = self._config.wait * 2**attempt
       if self.spent + worst > self._config.budget:
+        after = f" The last request failed with {trouble}." if trouble else ""
         raise ApiError(
-            f"{self.spent:.4f} of {self._config.budget:.4f} dollars are spent and the next request may cost "
-            f"{worst:.4f}; raise OPENAI_BUDGET (or ApiConfig.budget) to go on.")
+            f"{self.spent:.4f} of {self._config.budget:.4f} dollars are or may be spent and the next request may cost "
+            f"{worst:.4f}; raise OPENAI_BUDGET (or ApiConfig.budget) to go on.{after}")
       try:
         with urllib.request.urlopen(request, timeout=self._config.timeout) as reply:
           return _json(reply.read())
@@ -215,7 +215,7 @@ class OpenAIJudge(Judge):
         wait = max(wait, _seconds(error.headers.get("Retry-After")))
       except (OSError, http.client.HTTPException) as error:  # Timeouts, refused and lost connections.
         trouble = f"{type(error).__name__}: {error}"
-        if not isinstance(getattr(error, "reason", None), (ConnectionRefusedError, socket.gaierror)):
+        if not isinstance(error, urllib.error.URLError):  # That one is of connecting and sending.
           self.spent += worst  # It was sent, and may have been answered to nobody.
     raise ApiError(f"{request.full_url} failed {self._config.attempts} times, at last with {trouble}.")
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, is_text, rate, silence
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, any_of, is_text, rate, silence
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -90,12 +90,14 @@ class _Report:
     success, refusal = self._pooled("any_attack"), self._pooled("over_refusal")
     each = lambda rates: ", ".join(f"{NAMES[model]} {share(rates[model])}" for model in reversed(self.models))
     parts = []
-    if success:
-      sent = len({row["method"] for row in self.rows if row["label"] == 1 and is_text(row)})
+    sent = len({name for suite in self.suites.values() for name in suite["sent"]})
+    if sent:
       under = f"at least one of {sent} attacks" if sent > 1 else "one attack"
       parts.append(f"Malicious prompts {self.got_through} under {under}: {each(success)}.")
     if refusal:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
+    if not parts:
+      parts.append("Nothing was asked that can be sent.")
     of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
     judge, defended = self.metrics["judge"], "saess" in self.models
     whatever = (
@@ -106,7 +108,7 @@ class _Report:
         "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
         "stopped so, 0 for those that the first verdict stopped. What was never stopped has no such figure; the model "
         "may have refused it by itself."] * defended + [
-        "Free embeddings cannot be sent: they stand in no figure of any attack or of several."] * (
+        "Free embeddings cannot be sent: they stand in their own attack's figures alone."] * (
             not all(map(is_text, self.rows)))
     notes = [
         f"{_sizes(n)} prompts{of_suites}; 95% intervals in brackets. Judge: {judge['name']} {judge['version']}. The "
@@ -138,11 +140,13 @@ class _Report:
       lines = []
       if of["attack_success_rate"]:
         success = of["attack_success_rate"]
-        if len(next(iter(success.values()))) > 1:
+        if len(of["sent"]) > 1:
           lines.append(("attack success, any attack", [share(of["any_attack"][model]) for model in self.models]))
         if "direct" in next(iter(success.values())):
           lines.append(("asked directly", [share(success[model]["direct"]) for model in self.models]))
-        lines.append(("worst attack", [self._worst(success[model]) for model in self.models]))
+        if of["sent"]:
+          lines.append(("worst attack", [
+              self._worst({name: success[model][name] for name in of["sent"]}) for model in self.models]))
       if of["over_refusal"]:
         lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
       for key, words in (("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict")):
@@ -170,7 +174,7 @@ class _Report:
 
   def _leaked(self, suite: str, model: str) -> str:
     stopped = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)
-               and row["intervened_at"] >= 0]
+               and row["intervened_at"] >= 0 and is_text(row)]
     if not stopped:
       return NONE
     mean, low, high = scores.mean_interval(stopped, "leaked")
@@ -194,8 +198,8 @@ class _Report:
       success = of["attack_success_rate"]
       attacks = list(next(iter(success.values())))
       groups = {attack: {model: success[model][attack] for model in success} for attack in attacks}
-      if len(attacks) > 1:
-        groups["any of these"] = of["any_attack"]
+      if len(of["sent"]) > 1:
+        groups[any_of(of)] = of["any_attack"]
       body = (
           self.drawings.html(
               figures.intervals(groups, "Attack success"),
@@ -310,7 +314,7 @@ class _Report:
   # ---- Cases
 
   def _failures(self) -> str:
-    mine = [row for row in self.rows if row["model"] == self.defended]
+    mine = [row for row in self.rows if row["model"] == self.defended and is_text(row)]
     failed = [row for row in mine if complied(row, self.judge)]
     if not any(row["label"] == 1 for row in mine):
       return ""
@@ -323,20 +327,26 @@ class _Report:
     said = [row for row in mine if row["label"] == 1 and row["judgements"][self.judge]["jailbroken"] is not None]
     prompts = len(_one_a_behavior(said))
     text = f"{len(failed)} responses, to {len(each)} of {prompts} malicious prompts, were {self.succeeded}"
+    judged = self.defended == "saess"
     order = (
         "; first those that leaked most before a refusal that did not hold, then those whose P(malicious) stayed lowest"
-    ) * (self.defended == "saess")
+    ) * judged
     parts.append(f"<h3>The worst failures</h3>\n<p>{text}{order}.</p>\n")
-    for row in each[:TRACES]:
+    traced = each[: TRACES * judged]
+    for row in traced:
       parts.append(
           f"<p><span class='tag'>{escape(row['method'])}</span> {escape(shorten(row['behavior']))} "
           f"{self.book.link(row, 'row')}</p>\n{trace(row, self.safety)}")
-    rest = [row for row in worst if not any(row is shown for shown in each[:TRACES])]
+    rest = [row for row in worst if not any(row is shown for shown in traced)]
+    verdicts = lambda row: [
+        _number(row["initial_prob"]), _number(highest(row)),
+        str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] * judged
     lines = [
-        [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), _number(row["initial_prob"]),
-         _number(highest(row)), str(row["leaked"]) if row["intervened_at"] >= 0 else NONE] for row in rest[:LISTED]]
+        [self.book.link(row, "row"), row["method"], shorten(row["behavior"], 160), *verdicts(row)]
+        for row in rest[:LISTED]]
     if lines:
-      parts.append(listing(["", "attack", "REQUEST", "P of the query", "highest P", "leaked"], lines, "The others:"))
+      heads = ["", "attack", "REQUEST"] + ["P of the query", "highest P", "leaked"] * judged
+      parts.append(listing(heads, lines, "The others:" * bool(traced)))
     more = rest[LISTED:]
     if more:
       parts.append(folded(
