@@ -4,7 +4,7 @@
   python eval.py --config configs/eval_full.py --config.suites=malicious:advbench.csv,benign:xstest.csv ...
   python eval.py --config configs/eval_full.py --config.max_rows=0 ...     # all requests, six times as many
 
-A request meets 66 attempts by each of two models; `sampling` in place of `sampling_12` makes it 103.
+A request meets 65 attempts by each of two models; `sampling` in place of `sampling_12` makes it 102.
 A killed run goes on where it was; what is left is shown with the time it will take.
 """
 
