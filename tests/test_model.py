@@ -47,7 +47,10 @@ def test_fast_path_equals_dense_mask_in_values_and_gradients(tiny_params, stage,
       params, mask=masks.attention_mask(kinds, stage, sees))
   np.testing.assert_allclose(jnp.where(real, fast[0], 0), jnp.where(real, dense[0], 0), atol=1e-5)
   np.testing.assert_allclose(fast[1], dense[1], atol=1e-5)
-  jax.tree.map(lambda f, d: np.testing.assert_allclose(f, d, atol=2e-4, rtol=1e-4), fast_grads, dense_grads)
+
+  def check(fast, dense):  # Beside the whole array: where large terms cancel, float32 keeps less of a single entry.
+    assert np.linalg.norm(np.ravel(fast - dense)) <= 1e-5 * np.linalg.norm(np.ravel(dense))
+  jax.tree.map(check, fast_grads, dense_grads)
 
 
 @pytest.mark.parametrize("who", ["all", "malicious"])
