@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--judge", default="rules", help="whose verdicts count; it has to have judged both")
   options = parser.parse_args(argv)
   try:
-    (claim, other), (a, b) = (
-        list(map(of, options.workdirs)) for of in (read_claim, lambda workdir: _judged(workdir, options.judge)))
+    claim, other = map(read_claim, options.workdirs)
+    a, b = (_judged(workdir, options.judge) for workdir in options.workdirs)
     same = {key: _same_files({row[key] for row in a}, {row[key] for row in b}) for key in ("suite", "method")}
     b = [row | {key: names.get(row[key], row[key]) for key, names in same.items()} for row in b]
     other["attack files"] = {

@@ -151,7 +151,8 @@ def _figures(rows: Rows, config: dict[str, Any]) -> dict[str, Any]:
       "sent": list(dict.fromkeys(row["method"] for row in malicious if is_text(row))),
       "attacks": attacks,
       "stopped": {
-          model: _stopped(kept) | {"leaked_mean": _leaked(kept)} for model, kept in sent.items() if model in judging},
+          model: _stopped(kept) | {"leaked_mean": _mean_leaked(kept)}
+          for model, kept in sent.items() if model in judging},
       "budget": nested(per_attack, lambda kept: {
           "queries": sum(row["queries"] for row in kept), "tokens": sum(row["query_tokens"] for row in kept)}),
       "unjudged": unjudged,
@@ -171,13 +172,12 @@ def _figures(rows: Rows, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _conduct(rows: Rows, judge: str, threshold: float) -> dict[str, Any]:
-  leaked = [row["leaked"] for row in rows if row["intervened_at"] >= 0]
   return {
       "n": len(group(rows, "index")), "responses": len(rows),
       "first_verdict": _first_verdict(rows, threshold),
       "empty": sum(row["judgements"][judge]["reason"] == "empty" for row in rows),
       "intervened": _stopped(rows),
-      "leaked_mean": _leaked(rows), "leaked_max": max(leaked, default=None),
+      "leaked_mean": _mean_leaked(rows), "leaked_max": max(_leaked(rows), default=None),
       "evaluations_mean": sum(row["evaluations"] for row in rows) / len(rows)}
 
 
@@ -196,9 +196,13 @@ def is_text(row: dict[str, Any]) -> bool:
   return not row.get("soft_tokens")
 
 
-def _leaked(rows: Rows) -> float | None:
-  """Tokens from the alarm to the refusal, the mean over responses that a verdict stopped; None of none."""
-  leaked = [row["leaked"] for row in rows if row["intervened_at"] >= 0]
+def _leaked(rows: Rows) -> list[int]:
+  """Tokens from the alarm to the refusal, of each response that a verdict stopped."""
+  return [row["leaked"] for row in rows if row["intervened_at"] >= 0]
+
+
+def _mean_leaked(rows: Rows) -> float | None:
+  leaked = _leaked(rows)
   return sum(leaked) / len(leaked) if leaked else None
 
 

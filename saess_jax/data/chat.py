@@ -100,7 +100,7 @@ def encode_exchange(
   """
   if not response.strip():
     raise ValueError(f"The response is {response!r}; expected text.")
-  whole = [*check_messages(messages, ""), {"role": "assistant", "content": response}]
+  whole = [*check_messages(messages), {"role": "assistant", "content": response}]
   return np.asarray(encode_spans(tokenizer, *_render(tokenizer, whole))[0], np.int32)
 
 
