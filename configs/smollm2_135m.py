@@ -6,8 +6,9 @@
               the language model comes back to its base
 
 Time is what is scarce, so tokens go where the signal is: every query is read once, without its system text, up to
-[CLS], an eighth of them behind dialogues and a tenth in disguise; the responses of some are read for the probes, the
-explanations and the model's own voice. Small batches learn the signal fastest per query (docs/earlier.md).
+[CLS], an eighth of them behind dialogues, a tenth in disguise and a tenth in a frame; the responses of some are read
+for the probes, the explanations and the model's own voice. Small batches learn the signal fastest per query
+(docs/earlier.md).
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ WEIGHTS = TrainConfig(
     # (docs/results.md). Disguises: most of them get past a model that has read none (docs/attacks.md).
     data=DataConfig(
         source="embedded,plain", max_validation_rows=96, responses="rollouts", bare_queries=True, histories=0.12,
-        disguises=0.1, refusal_depth=24, opener_depth=40, max_length=256, max_response=40,
+        disguises=0.1, frames=0.1, refusal_depth=24, opener_depth=40, max_length=256, max_response=40,
         buckets=(20, 24, 32, 44, 64, 80, 112, 160, 208, 256), batch_size=8),
-    rollouts=RolloutConfig(max_prompts=1920, tokens=24, batch_size=64),
+    rollouts=RolloutConfig(max_prompts=1920, written=0.75, tokens=24, batch_size=64),
     probes=ProbeConfig(min_window=1, benign_weight=6.0),
     # Three thousand steps: the signal has to be learned quickly, and the language model to stay what it is meanwhile.
     loss=LossConfig(cls_weight=1.0, kl_weight=1.0, kl_positions=16),

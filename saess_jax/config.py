@@ -202,8 +202,9 @@ class DataConfig:
   histories: float = 0.0
   history_turns: int = 8
   # This share of the queries that are read alone is read in another writing (data/disguises.py), where max_length holds
-  # it. The label stays.
+  # it, and this share in a frame, a scene or rules around it (data/frames.py). The label stays.
   disguises: float = 0.0
+  frames: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +224,9 @@ class RolloutConfig:
 
   enabled: bool = True
   max_prompts: int = 0  # 0: all; else an even draw from both labels, the other rows keep their written response.
+  # The least share of that draw that have a written response: with data.responses "rollouts" a row's refusal is read
+  # only where it has a rollout.
+  written: float = 0.0
   tokens: int = 48  # Response tokens sampled a prompt.
   batch_size: int = 32
   temperature: float = 0.7

@@ -108,9 +108,14 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"data.histories is {config.data.histories} at data.history_turns {config.data.history_turns}; expected a "
         "share of queries from 0 to 1, behind 1 dialogue or more.")
-  if not 0 <= config.data.disguises <= 1:
-    raise ValueError(f"data.disguises is {config.data.disguises}; expected a share of queries from 0 to 1.")
-  for name in ("histories", "disguises"):
+  if min(config.data.disguises, config.data.frames) < 0 or config.data.disguises + config.data.frames > 1:
+    raise ValueError(
+        f"data.disguises is {config.data.disguises} and data.frames {config.data.frames}; expected shares of queries "
+        "from 0 to 1, and no more than 1 together.")
+  if not 0 <= config.rollouts.written <= 1:
+    raise ValueError(
+        f"rollouts.written is {config.rollouts.written}; expected a share of rollouts.max_prompts from 0 to 1.")
+  for name in ("histories", "disguises", "frames"):
     if getattr(config.data, name) and (config.data.responses != "rollouts" or config.objective != "saess"):
       raise ValueError(
           f"data.{name} is {getattr(config.data, name)}, but data.responses is {config.data.responses!r} and objective "
@@ -367,7 +372,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
   known = None
   if config.rollouts.enabled:
-    sampled = sources.draw_evenly(rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed)
+    sampled = sources.draw_evenly(
+        rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed, config.rollouts.written)
     known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
 
   examples = pipeline.build_examples(tokenizer, rows["train"], known, config)

@@ -225,6 +225,18 @@ def test_draw_evenly():
   assert sources.draw_evenly(rows, 0) == rows
 
 
+def test_a_draw_of_which_a_share_has_a_response():
+  rows = [sources.Row(str(i), "said" * (i % 5 == 0), i % 2, "", "") for i in range(200)]  # 20 of each label have one.
+  for share, least in ((0.5, 6), (1.0, 12)):
+    for seed in range(20):
+      drawn = sources.draw_evenly(rows, 12, seed, share)
+      assert [row.label for row in drawn].count(1) == 12 == len({row.prompt for row in drawn}) / 2
+      assert all(sum(bool(row.response) for row in drawn if row.label == label) >= least for label in (0, 1))
+      assert drawn == sorted(drawn, key=lambda row: int(row.prompt))
+  assert sources.draw_evenly(rows, 12, 3, 0.0) == sources.draw_evenly(rows, 12, 3)
+  assert [bool(row.response) for row in sources.draw_evenly(rows, 30, 0, 1.0)].count(True) == 40  # The rest has none.
+
+
 def test_imports_neither_tfds_nor_grain():
   code = ("import sys, saess_jax.data.sources, saess_jax.data.chat; "
           "sys.exit(any(name in sys.modules for name in ('tensorflow_datasets', 'grain', 'torch')))")

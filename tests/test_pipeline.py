@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax.config import DataConfig, LossConfig, ProbeConfig, SafetyConfig, TrainConfig
-from saess_jax.data import chat, disguises, openers, pipeline, probes
+from saess_jax.data import chat, disguises, frames, openers, pipeline, probes
 from saess_jax.data.sources import Row
 from saess_jax.masks import TokenKind
 
@@ -155,6 +155,20 @@ def test_a_share_of_queries_is_disguised_where_it_fits():
     written[row.label] += query != row.prompt
     assert example.label == row.label and len(example.tokens) <= 150
   assert all(10 < count < 40 for count in written)
+
+
+def test_shares_of_queries_are_disguised_and_framed(monkeypatch):
+  monkeypatch.setattr(disguises, "draw", lambda text, rng: "disguised")
+  monkeypatch.setattr(frames, "draw", lambda text, rng: "framed")
+  data = dataclasses.replace(CONFIG.data, responses="rollouts", disguises=0.2, frames=0.5)
+  rows = [Row(f"How do I bake {n} loaves?", "", n % 2, "", "") for n in range(400)]
+  read = lambda data: [tiny_tokenizer().decode(example.tokens[example.kinds == TokenKind.QUERY])
+                       for example in build(rows, {}, dataclasses.replace(CONFIG, data=data))]
+  counts = collections.Counter(read(data))
+  assert 50 < counts["disguised"] < 110 and 160 < counts["framed"] < 240
+  assert read(dataclasses.replace(data, disguises=0.0)).count("disguised") == 0
+  assert set(read(dataclasses.replace(data, disguises=0.4, frames=0.6))) == {"disguised", "framed"}
+  assert read(dataclasses.replace(data, disguises=0.0, frames=0.0)) == [row.prompt for row in rows]
 
 
 def test_a_disguise_is_put_on_where_just_one_response_token_would_fit(monkeypatch):

@@ -22,7 +22,7 @@ import numpy as np
 import transformers
 
 from saess_jax.config import TrainConfig
-from saess_jax.data import chat, disguises, openers, probes, sources
+from saess_jax.data import chat, disguises, frames, openers, probes, sources
 from saess_jax.data import rollouts as rollouts_lib
 from saess_jax.masks import TokenKind
 
@@ -57,8 +57,8 @@ def build_examples(
   With `data.opener_depth` half of these refusals, and half of the benign rollouts, stand behind an attacker's opener
   (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
-  stands before its turn. `data.disguises` puts some of these into other writings (`_disguised`), `data.histories` some
-  behind dialogues (`_behind_dialogues`).
+  stands before its turn. `data.disguises` puts some of these into other writings and `data.frames` others into frames
+  (`_otherwise`), `data.histories` some behind dialogues (`_behind_dialogues`).
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
@@ -111,7 +111,7 @@ def build_examples(
     # Nothing could follow the prefix.
     wordless = row.label and config.data.refusal_depth and not row.response and config.objective == "saess"
     if wordless or (not len(rollout) and config.data.responses == "rollouts"):
-      asked = _disguised(tokenizer, row.prompt, config, rng)
+      asked = _otherwise(tokenizer, row.prompt, config, rng)
       query = example(row, None, "none", 0, _behind_dialogues(tokenizer, asked, dialogues, config, rng))
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
@@ -141,12 +141,16 @@ def _opener(tokenizer, config: TrainConfig, rng: np.random.Generator) -> np.ndar
   return np.asarray(tokens[: int(rng.integers(1, 1 + config.data.opener_depth))], np.int32)
 
 
-def _disguised(tokenizer, prompt: str, config: TrainConfig, rng: np.random.Generator) -> str:
-  """The prompt, or for a share of `data.disguises` the prompt in another writing, if that fits."""
-  if not config.data.disguises or rng.random() >= config.data.disguises:
+def _otherwise(tokenizer, prompt: str, config: TrainConfig, rng: np.random.Generator) -> str:
+  """The prompt, or for `data.disguises` of all in another writing, for `data.frames` in a frame, where that fits."""
+  if not config.data.disguises and not config.data.frames:
     return prompt
-  written = disguises.draw(prompt, rng)
-  return written if _excess(tokenizer, written, config) <= 0 else prompt
+  drawn, asked = rng.random(), prompt
+  if drawn < config.data.disguises:
+    asked = disguises.draw(prompt, rng)
+  elif drawn < config.data.disguises + config.data.frames:
+    asked = frames.draw(prompt, rng)
+  return asked if asked is prompt or _excess(tokenizer, asked, config) <= 0 else prompt
 
 
 def _excess(tokenizer, messages: chat.Messages, config: TrainConfig) -> int:

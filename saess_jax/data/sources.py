@@ -160,15 +160,19 @@ def require_two_classes(rows: Sequence[Row], where: str) -> None:
         "data.source, separated by a comma, or check the label column.")
 
 
-def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0) -> list[Row]:
-  """At most `per_label` rows of each label, drawn at random and kept in order. 0: all rows."""
+def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0, written: float = 0.0) -> list[Row]:
+  """At most `per_label` rows of each label, drawn at random and kept in order. 0: all rows.
+
+  `written` is the least share of `per_label` that have a response, where there are as many.
+  """
   if not per_label:
     return list(rows)
   rng, kept = np.random.default_rng(seed), []
   for label in range(len(LABELS)):
-    indices = [i for i, row in enumerate(rows) if row.label == label]
-    kept.extend(rng.permutation(indices)[:per_label])
-  return [rows[int(i)] for i in sorted(kept)]
+    drawn = [int(i) for i in rng.permutation([i for i, row in enumerate(rows) if row.label == label])]
+    first = [i for i in drawn if rows[i].response][: round(written * per_label)]
+    kept.extend(list(dict.fromkeys(first + drawn))[:per_label])
+  return [rows[i] for i in sorted(kept)]
 
 
 def _embedded_splits(path: str | None = None) -> dict[str, list[Row]]:
