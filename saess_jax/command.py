@@ -1,12 +1,14 @@
 """How programs that take a --config file read their flags, and say in one line what is wrong with what they were given.
 
 A `raise ValueError` or OSError of this package is written for its user, and so is an OSError that names a file: status
-2 and a line on stderr, with --verbosity=1 the traceback too. Anything else keeps its traceback.
+2 and a line on stderr, with --verbosity=1 the traceback too. Ctrl-C is a line, and ends the process as it does by
+itself, so that a shell script stops. Anything else keeps its traceback.
 """
 
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,6 +58,10 @@ def run(main: Callable[[ml_collections.ConfigDict], None]) -> None:
       if verbosity > logging.INFO or not is_for_the_user(error):
         raise
       _end(error)
+    except KeyboardInterrupt:
+      print(f"{pathlib.Path(sys.argv[0]).name}: interrupted.", file=sys.stderr, flush=True)
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      signal.raise_signal(signal.SIGINT)
 
   app.run(call, flags_parser=parse)
 

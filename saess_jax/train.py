@@ -459,13 +459,20 @@ def _resume(
 def _loop(config, workdir, manager, loader, steps, state, update, run_validation, place) -> dict[str, float]:
   """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
 
-  SIGTERM on any process is in the next step's batch; the run stops after the step in whose metrics it is read.
+  SIGTERM or Ctrl-C on any process is in the next step's batch; the run stops after the step in whose metrics it is
+  read, and after Ctrl-C it raises KeyboardInterrupt there. A second Ctrl-C does so at once.
   """
   start, rate = int(state.step), learning_rate(config.optimizer, steps)
   first = jax.process_index() == 0
   writer = events.Events(workdir / "tensorboard", start) if first else None
-  asked = {"stop": False}
-  previous = signal.signal(signal.SIGTERM, lambda *_: asked.update(stop=True))
+  asked = set()  # Signals.
+
+  def ask(number, frame):
+    del frame
+    asked.add(number)
+    signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+  before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
   validated: dict[str, float] = {}
   pending = None  # Step number, metrics and wish to stop, not yet read.
   stop = False  # As all processes know it.
@@ -489,7 +496,7 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
       for step in range(start + 1, steps + 1):
         batch = next(loader)
         tokens += int(np.count_nonzero(batch["kinds"])) * jax.process_count()
-        wish = np.full(len(batch["label"]), asked["stop"])
+        wish = np.full(len(batch["label"]), bool(asked))
         state, metrics, wished = update(state, jax.tree.map(place, batch), place(wish))
         if pending is not None:
           seen, stop = read(pending)
@@ -512,7 +519,7 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
         if last or step % config.save_every == 0:
           manager.save(step, state.saved(), loader.get_state(), config, validated or None, writer)
         if stop:
-          logging.warning("SIGTERM: saved step %d; the same command goes on from there.", step)
+          logging.warning("Stopped: saved step %d; the same command goes on from there.", step)
           break
     manager.close()
   except BaseException:
@@ -520,8 +527,11 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
       manager.close()
     raise
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in before.items():
+      signal.signal(number, handler)
     if writer:
       with contextlib.suppress(OSError):  # All that belongs to a checkpoint is on the disk already.
         writer.close()
+  if signal.SIGINT in asked:
+    raise KeyboardInterrupt
   return validated

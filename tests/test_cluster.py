@@ -150,7 +150,7 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   assert codes == [0, 0], output
   (stopped,) = checkpoint.Checkpoints(workdir).steps()
   assert 0 < stopped < 30
-  assert all(f"SIGTERM: saved step {stopped}" in text for text in output)
+  assert all(f"Stopped: saved step {stopped};" in text for text in output)
   codes, output = finish(launch(config, workdir, 2), workdir)
   assert codes == [0, 0] and f"Resuming at step {stopped}." in output[0]
 

@@ -319,7 +319,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_c
   assert steps and steps[-1] == failed - 1 and f"step {failed - 1} in" in str(error.value)
 
 
-def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
+def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, status):
   workdir = tmp_path / "run"
   file = tmp_path / "config.py"
   file.write_text(
@@ -335,11 +336,12 @@ def test_sigterm_saves_and_leaves_cleanly(data, tmp_path):
     while time.time() < deadline and not any((workdir / "tensorboard").glob("*")):
       time.sleep(0.5)
     time.sleep(6)  # Into the steps.
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     output, _ = run.communicate(timeout=60)
   finally:
     run.kill()
-  assert run.returncode == 0, output.decode()[-2000:]
+  assert run.returncode == status, output.decode()[-2000:]
+  assert b"Stopped: saved step" in output and b"Traceback" not in output
   saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
   assert len(saved) == 1 and 0 < saved[0] < 7000
 
