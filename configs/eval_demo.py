@@ -1,4 +1,4 @@
-"""What `make demo` attacks: the whole embedded test split, under the attacks for which its six minutes suffice."""
+"""What `make demo` attacks: the whole embedded test split, under three attacks."""
 
 from saess_jax.config import EvalConfig, to_config_dict
 

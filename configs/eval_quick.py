@@ -1,4 +1,4 @@
-"""Ten minutes on two cores: a draw of the embedded test split under the attacks that say most."""
+"""Minutes on two cores: a draw of the embedded test split under the attacks that say most."""
 
 from saess_jax.config import EvalConfig, to_config_dict
 

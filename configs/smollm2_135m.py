@@ -34,8 +34,8 @@ WEIGHTS = TrainConfig(
     # Plain words and dialogues beside the embedded rows are what moved the verdict on requests of another kind
     # (docs/results.md). Disguises: most of them get past a model that has read none (docs/attacks.md).
     data=DataConfig(
-        source="embedded,plain", max_validation_rows=96, responses="rollouts", bare_queries=True, histories=0.12,
-        disguises=0.1, frames=0.1, refusal_depth=24, opener_depth=40, max_length=256, max_response=40,
+        source="embedded,plain", max_validation_rows=96, responses="rollouts", bare_queries=True, histories=0.06,
+        history_turns=4, disguises=0.08, frames=0.1, refusal_depth=24, opener_depth=40, max_length=256, max_response=40,
         buckets=(20, 24, 32, 44, 64, 80, 112, 160, 208, 256), batch_size=8),
     rollouts=RolloutConfig(max_prompts=1920, written=0.75, tokens=24, batch_size=64),
     probes=ProbeConfig(min_window=1, benign_weight=6.0),
@@ -44,10 +44,10 @@ WEIGHTS = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
     # Windows beside the query tell more than windows alone (docs/earlier.md).
     safety=SafetyConfig(threshold=0.1, rule2_keeps_query=True),
-    eval_every=0, save_every=1000, keep_last=1,
+    max_steps=1700, eval_every=0, save_every=500, keep_last=1,
 )
 ADAPTER = dataclasses.replace(
-    WEIGHTS, lora=LoraConfig(rank=32),
+    WEIGHTS, lora=LoraConfig(rank=32), max_steps=500,
     loss=LossConfig(cls_weight=1.0, kl_weight=4.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, weight_decay=0.01),
 )

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from saess_jax import checksums
-from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict
+from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict, safety_as_dict
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "int8": np.int8}
@@ -100,10 +100,8 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
     ValueError: another ending or dtype; a schedule as an array.
   """
   path = check_target(path, dtype)
-  settings = {"format": 1, "safety": dataclasses.asdict(adapter.safety), "base": adapter.base,
+  settings = {"format": 1, "safety": safety_as_dict(adapter.safety), "base": adapter.base,
               "sizes": adapter.sizes, "fingerprint": adapter.fingerprint, "layout": adapter.layout}
-  if not isinstance(adapter.safety.schedule, str):
-    raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
   pairs, cls = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (adapter.lora, adapter.cls))
   tensors = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in cls.items()}
   for name, leaf in pairs.items():

@@ -43,10 +43,10 @@ from saess_jax.model import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device, from the vendor's system architecture pages: decimal units, as there."""
+  """One device, from the vendor's system architecture pages: decimal units as there, but for memory."""
 
   flops: float  # bfloat16, a second.
-  hbm: float  # Bytes.
+  hbm: float  # Bytes, 2^30 a GB.
   hbm_bandwidth: float  # Bytes a second.
   link_bandwidth: float  # Bytes a second out of the chip, over all its links.
 
@@ -257,19 +257,18 @@ def _per_layer(make: Any, layers: int) -> tuple[float, dict[str, float]]:
 
 def _memory(program: Program, parts: dict[str, float]) -> dict[str, Any]:
   """What a device holds at most while the program runs, in GB (2^30); "hbm_parts" divides it up."""
+  in_gb = lambda parts: {name: size / 2**30 for name, size in parts.items()}
   try:
     memory = program.compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     used = re.search(r"Used ([\d.]+)G of", str(error))
     if used is None:
       raise
-    return {"hbm_gb_per_device": float(used[1]), "hbm_parts": parts, "over": True}
+    return {"hbm_gb_per_device": float(used[1]), "hbm_parts": in_gb(parts), "over": True}
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
            - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes)
   parts = parts | {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
-  return {
-      "hbm_gb_per_device": total / 2**30, "hbm_parts": {name: size / 2**30 for name, size in parts.items()},
-      "over": False}
+  return {"hbm_gb_per_device": total / 2**30, "hbm_parts": in_gb(parts), "over": False}
 
 
 def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:

@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 
+def round_up(length: int, multiple: int) -> int:
+  """The least multiple that is not below `length`: few shapes are compiled."""
+  return -(-length // multiple) * multiple
+
+
 def by_length(lengths: Sequence[int], batch_size: int, multiple: int) -> Iterator[tuple[list[int], list[int], int]]:
   """Neighbours of like length together.
 
@@ -20,7 +25,7 @@ def by_length(lengths: Sequence[int], batch_size: int, multiple: int) -> Iterato
   order = sorted(range(len(lengths)), key=lengths.__getitem__)
   for at in range(0, len(order), batch_size):
     chosen = order[at : at + batch_size]
-    yield chosen, chosen + chosen[:1] * (batch_size - len(chosen)), -(-lengths[chosen[-1]] // multiple) * multiple
+    yield chosen, chosen + chosen[:1] * (batch_size - len(chosen)), round_up(lengths[chosen[-1]], multiple)
 
 
 def padded(rows: Iterable[np.ndarray], length: int, dtype: type = np.int32) -> np.ndarray:

@@ -29,7 +29,7 @@ from saess_jax import checksums, cluster, events
 from saess_jax.config import TrainConfig
 
 
-class Damaged(RuntimeError):
+class Damaged(ValueError):
   """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
 

@@ -12,6 +12,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -155,6 +156,13 @@ def _unflatten_safety(static, leaves):
   for name, value in (values | {"schedule": leaves[-1] if schedule is None else schedule}).items():
     object.__setattr__(safety, name, value)
   return safety
+
+
+def safety_as_dict(safety: SafetyConfig) -> dict[str, Any]:
+  """What a file says of it. Raises ValueError for a schedule as an array, which has no name to be written."""
+  if not isinstance(safety.schedule, str):
+    raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
+  return dataclasses.asdict(safety)
 
 
 jax.tree_util.register_pytree_node(SafetyConfig, _flatten_safety, _unflatten_safety)
@@ -316,7 +324,7 @@ class TrainConfig:
 class EvalConfig:
   """One evaluation: models side by side under attacks."""
 
-  checkpoint: str = ""  # Workdir of a training run: the SA-ESS model, its base and its data come from there.
+  checkpoint: str = ""  # What `load_for_research` takes, a run or an adapter above all: the models come from there.
   # embedded, plain or subtle (their test splits), embedded:validation, file:PATH, malicious:PATH, benign:PATH; several
   # with commas (suites.load_suites).
   suites: str = "embedded"
@@ -436,11 +444,16 @@ def model_config(name: str, **overrides) -> ModelConfig:
   """
   if name not in PRESETS:
     raise ValueError(f"model is {name!r}; expected one of {', '.join(PRESETS)}.")
+  check_overrides(overrides)
+  return PRESETS[name].replace(**overrides)
+
+
+def check_overrides(overrides: Iterable[str]) -> None:
+  """Raises ValueError for a name that is no field of ModelConfig."""
   fields = {field.name for field in dataclasses.fields(ModelConfig)}
   unknown = sorted(set(overrides) - fields)
   if unknown:
     raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}.")
-  return PRESETS[name].replace(**overrides)
 
 
 def dtype_of(name: str) -> jnp.dtype:

@@ -29,6 +29,10 @@ from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.export import export_hf
 from saess_jax.model import Llama
 
+# What of a shape is printed.
+SHOWN = (
+    "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len",
+    "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "attention_bias", "sliding_window")
 CHECK_TEXT = (
     "The harbour was quiet at dawn. Two boats came in with nets full of herring, and the baker on the corner had "
     "already sold 37 loaves; \"early again,\" she said, and counted the change.")
@@ -180,7 +184,7 @@ def _describe_run(source: str) -> Description:
   checkpoints.close()
   base = describe(config.weights) if config.weights else None
   shape = base.config if base else config_lib.model_config(config.model)
-  shape = shape.replace(**config.model_overrides, scan_layers=False)
+  shape = shape.replace(**config.model_overrides).replace(scan_layers=False)
   kind = (f"training run, steps {', '.join(map(str, steps)) or 'none'}, best {best}, from "
           f"{config.weights or 'random weights'}{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}")
   return Description(
@@ -194,7 +198,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 def as_text(source: str, it: Description) -> str:
   """A description in lines."""
-  shape = ", ".join(f"{field.name} {getattr(it.config, field.name)}" for field in dataclasses.fields(ModelConfig)[:14])
+  shape = ", ".join(f"{name} {getattr(it.config, name)}" for name in SHOWN)
   settings = "none (the defaults are taken)"
   if it.safety is not None:
     settings = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(it.safety).items())
@@ -247,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{options.source} is {'a' if is_gguf else 'no'} GGUF file; use "
                          f"{'gguf2orbax' if is_gguf else 'hf2orbax'}.")
       print(to_orbax(options.source, options.folder, options.dtype, options.check))
-  except (ValueError, OSError, checkpoint.Damaged) as error:
+  except (ValueError, OSError) as error:
     parser.error(str(error))
 
 

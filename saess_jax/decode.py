@@ -23,10 +23,13 @@ import numpy as np
 from saess_jax import masks, policy, sampling
 from saess_jax import schedule as schedule_lib
 from saess_jax.attention import Step
+from saess_jax.batching import round_up
 from saess_jax.config import SafetyConfig, dtype_of
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, init_cache, output_head
 from saess_jax.sampling import SamplingConfig
+
+MULTIPLE = 32  # Sizes that are not given are multiples of it.
 
 
 @flax.struct.dataclass
@@ -138,7 +141,8 @@ def pad_prompts(
       shapes are compiled.
 
   Raises:
-    ValueError: no rows, as many prefixes as rows not given, a row longer than `length`, or a row without just one CLS.
+    ValueError: no rows, as many prefixes as rows not given, a row longer than `length`, or a row without just one CLS
+      in one of its places (`masks.cls_slot`).
   """
   if not rows:
     raise ValueError("No prompts were given; expected at least one.")
@@ -146,19 +150,30 @@ def pad_prompts(
   if len(prefixes) != len(rows):
     raise ValueError(f"{len(prefixes)} response prefixes were given for {len(rows)} prompts; expected one each.")
   longest, longest_prefix = max(len(tokens) for tokens, _ in rows), max(map(len, prefixes))
-  length = -(-longest // 32) * 32 if length is None else length
-  prefix_length = -(-longest_prefix // 32) * 32 if prefix_length is None else prefix_length
+  length = round_up(longest, MULTIPLE) if length is None else length
+  prefix_length = round_up(longest_prefix, MULTIPLE) if prefix_length is None else prefix_length
   if longest > length or longest_prefix > prefix_length:
     raise ValueError(
         f"The longest prompt has {longest} tokens and the longest prefix {longest_prefix}; they must fit into "
         f"{length} and {prefix_length}. Shorten them or raise the sizes.")
   for i, (_, kinds) in enumerate(rows):
-    if np.sum(np.asarray(kinds) == TokenKind.CLS) != 1:
-      raise ValueError(f"Prompt {i} holds {np.sum(np.asarray(kinds) == TokenKind.CLS)} CLS tokens; expected one.")
+    is_cls = np.asarray(kinds) == TokenKind.CLS
+    if np.sum(is_cls) != 1:
+      raise ValueError(f"Prompt {i} holds {np.sum(is_cls)} CLS tokens; expected one.")
+    places = {masks.cls_slot(np.asarray(kinds)[~is_cls], "sft", sees) for sees in (True, False)}
+    if int(np.argmax(is_cls)) not in places:
+      raise ValueError(
+          f"Prompt {i} has CLS in slot {np.argmax(is_cls)}, where tokens would see it that must not; expected "
+          f"{' or '.join(map(str, sorted(places)))}, where chat.insert_cls puts it.")
   pad = lambda rows, size: np.stack([np.pad(np.asarray(r, np.int32), (0, size - len(r))) for r in rows])
   return Prompt(
       tokens=pad([tokens for tokens, _ in rows], length), kinds=pad([kinds for _, kinds in rows], length),
       prefix=pad(prefixes, prefix_length), prefix_length=np.asarray([len(p) for p in prefixes], np.int32))
+
+
+def buffer_for(tokens: int, safety: SafetyConfig | None) -> int:
+  """Response slots for so many tokens, and for what rollback may cut."""
+  return round_up(tokens + (0 if safety is None else int(safety.tau)), MULTIPLE)
 
 
 def decode_config(
@@ -167,16 +182,17 @@ def decode_config(
 ) -> DecodeConfig:
   """Turns words into what `decode` reads: token ids of the refusal and of the end, the schedule as an array.
 
+  They are gone from its `safety` then, so that other words compile nothing new.
+
   Args:
     tokenizer: a Hugging Face tokenizer; its end-of-sequence token stops a response.
     safety: None for a plain language model.
-    buffer: response slots, by default the next multiple of 32 that holds max_new_tokens and what rollback may cut.
+    buffer: response slots, by default `buffer_for` max_new_tokens.
 
   Raises:
     ValueError: max_new_tokens is not positive or exceeds the buffer, an unknown schedule, or an empty refusal.
   """
-  cut = 0 if safety is None else int(safety.tau)
-  buffer = -(-(max_new_tokens + cut) // 32) * 32 if buffer is None else buffer
+  buffer = buffer_for(max_new_tokens, safety) if buffer is None else buffer
   if not 0 < max_new_tokens <= buffer:
     raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 to the buffer of {buffer}.")
   gap, refusal = [], []
@@ -187,12 +203,13 @@ def decode_config(
         for words in (safety.refusal_break, text))
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
+  schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer))
+  if safety is not None:
+    safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
       stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(gap + refusal, np.int32),
-      refusal_break=len(gap),
-      schedule=np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer)),
-      buffer=buffer)
+      refusal_break=len(gap), schedule=schedule, buffer=buffer)
 
 
 def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
@@ -226,8 +243,8 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
 def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> DecodeResult:
   """Generates a response for every row of `prompt`; jit-able with `model` static.
 
-  One compilation serves a shape of prompt and a buffer: max_new_tokens, thresholds, tau, r's, sampling numbers, the
-  refusal of a given length and the schedule are data.
+  One compilation serves a shape of prompt, a buffer and a dependency: max_new_tokens, thresholds, tau, r's, sampling
+  numbers, the schedule and a refusal of a given length are data.
 
   Args:
     model: layers in either form; unrolled (`scan_layers=False`) is the faster one on CPU.
@@ -358,17 +375,20 @@ def step(
     prob = jax.nn.sigmoid(cls_logit)
     verdicts = policy.update(s.verdicts, t, prob, wanted, config.safety)
     convicted = (verdicts.intervened_at > 0) & (s.verdicts.intervened_at < 0)
-    cut = convicted & config.safety.rollback
-    index = jnp.cumsum(kinds == TokenKind.RESPONSE, axis=1) - 1
-    gone = cut[:, None] & (kinds == TokenKind.RESPONSE) & (index >= verdicts.transition_at[:, None])
-    kinds = jnp.where(gone, TokenKind.PAD, kinds)
-    count = jnp.where(cut, verdicts.transition_at, count)
+    count = jnp.where(convicted & config.safety.rollback, verdicts.transition_at, count)
+    kinds = _keep(kinds, count)
     result = result.replace(
         cls_prob=result.cls_prob.at[:, s.step].set(jnp.where(wanted, prob, jnp.nan)),
         phase=result.phase.at[:, s.step].set(jnp.where(alive, verdicts.phase, 0)))
   state = s.replace(
       step=s.step + 1, kinds=kinds, count=count, verdicts=verdicts, result=result, cache=cache)
   return _choose(prompt, keys, config, state, _logits(model, params, hidden))
+
+
+def _keep(kinds: jax.Array, count: jax.Array) -> jax.Array:
+  """kinds [B, T] of which the first `count` [B] RESPONSE slots stand; what rollback cuts is PAD where it lies."""
+  is_response = kinds == TokenKind.RESPONSE
+  return jnp.where(is_response & (jnp.cumsum(is_response, axis=1) > count[:, None]), TokenKind.PAD, kinds)
 
 
 def _logits(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:

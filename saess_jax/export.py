@@ -11,7 +11,6 @@ transformers reads the first three and passes over the rest; `hf.load_pretrained
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -22,7 +21,7 @@ import safetensors.numpy
 import tqdm
 
 from saess_jax import hf, staging, weights
-from saess_jax.config import ModelConfig, SafetyConfig
+from saess_jax.config import ModelConfig, SafetyConfig, safety_as_dict
 
 SHARD_BYTES = 5 * 10**9
 
@@ -49,7 +48,7 @@ def export_hf(
   """
   staging.refuse_existing(folder)
   settings = {
-      "format": 1, "safety": _plain(safety),
+      "format": 1, "safety": safety_as_dict(safety),
       "layout": {
           "stage": "sft", "header_sees_cls": header_sees_cls, "cls_stored": "before header" if header_sees_cls else
           "after header", "cls_position": 0, "first_position": 1, "system_prompt": system_prompt}}
@@ -66,13 +65,6 @@ def export_hf(
     cls = {name: np.asarray(leaves[name]) for name in hf.CLS_NAMES}
     safetensors.numpy.save_file(cls, unfinished / hf.CLS_FILE, metadata={"format": "pt"})
     _write_json(unfinished / hf.SETTINGS_FILE, settings)
-
-
-def _plain(safety: SafetyConfig) -> dict[str, Any]:
-  values = dataclasses.asdict(safety)
-  if not isinstance(values["schedule"], str):
-    raise ValueError("safety.schedule is an array; name one (each, first, periodic(N), annealing) to have it written.")
-  return values
 
 
 def _hf_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:

@@ -36,12 +36,10 @@ class FirstWord:
         with a space before it.
 
     Raises:
-      ValueError: the tokenizer begins both words alike, or the devices do not divide the batch.
+      ValueError: the tokenizer begins both words alike.
     """
     devices = jax.local_devices()
-    if batch_size % len(devices):
-      raise ValueError(f"A batch size of {batch_size} cannot be divided among {len(devices)} devices.")
-    self._batch_size = batch_size
+    self._batch_size = batching.round_up(batch_size, len(devices))
     ids = first_tokens(loaded.tokenizer, words)
     model = Llama(loaded.config.replace(dtype=dtype))
     self._mesh = sharding.make_mesh(MeshConfig(), devices)

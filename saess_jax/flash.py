@@ -53,7 +53,7 @@ def causal_attention(
       raise ValueError(
           f"attention is 'cudnn' for {q.dtype} activations {'with' if segments is not None else 'without'} segments; "
           "that kernel takes bfloat16 and one example a row. Set attention to 'chunked', or dtype to bfloat16 and "
-          "data.pack to False.")
+          "data.examples_per_row to 1.")
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0), implementation="cudnn")
   return (_splash if kernel == "splash" else _chunked)(q, k, v, window, segments)

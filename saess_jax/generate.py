@@ -24,6 +24,7 @@ import tqdm
 
 from saess_jax import decode as decode_lib
 from saess_jax import pretrained, terminal, trace
+from saess_jax.batching import round_up
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -128,14 +129,17 @@ class Generator:
       soft_suffixes: for each prompt free embeddings [R, D] that are read in the place of its last R tokens, or ().
 
     Raises:
-      ValueError: a prompt that with its response exceeds the model's context, more new tokens than there is room, or a
-        soft suffix that is longer than its prompt.
+      ValueError: a prompt that with its response exceeds the model's context, more new tokens than there is room, not
+        as many prefixes, places or soft suffixes as prompts, or a soft suffix that is longer than its prompt.
     """
     limit = self._max_new_tokens if max_new_tokens is None else max_new_tokens
     if not 0 < limit <= self._max_new_tokens:
       raise ValueError(f"max_new_tokens is {limit}; this generator was made for 1 to {self._max_new_tokens}.")
     prefixes = [""] * len(prompts) if prefixes is None else prefixes
     places = range(len(prompts)) if places is None else places
+    for name, given in (("prefixes", prefixes), ("places", places), ("soft suffixes", soft_suffixes or prompts)):
+      if len(given) != len(prompts):
+        raise ValueError(f"{len(given)} {name} were given for {len(prompts)} prompts; expected one each.")
     rows, forced = self._encode(prompts, prefixes)
     # Neighbours of like length share a batch, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda i: (len(forced[i]), len(rows[i][0])))
@@ -250,10 +254,9 @@ class Generator:
 
   def _inputs(
       self, rows, forced, places, limit, sampling) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:
-    room = -(-max(map(len, forced)) // 64) * 64
+    room = round_up(max(map(len, forced)), 64)
     prompt = decode_lib.pad_prompts(rows, forced, prefix_length=room)
-    extra = 0 if self._safety is None else int(self._safety.tau)
-    buffer = -(-(room + self._max_new_tokens + extra) // 32) * 32
+    buffer = decode_lib.buffer_for(room + self._max_new_tokens, self._safety)
     config = decode_lib.decode_config(self.tokenizer, self._safety, sampling, limit, buffer)
     decode_lib.check(self._vocab_size, prompt, config)
     root = jax.random.key(self._seed)

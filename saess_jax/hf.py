@@ -86,12 +86,6 @@ def load_pretrained(
   return Pretrained(config, params, tokenizer, safety)
 
 
-def load_tokenizer(spec: str) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of `spec`, alone. Arguments and errors as `load_pretrained`."""
-  path = locate(spec)
-  return read_tokenizer(path) if path.is_dir() else gguf.read_tokenizer(path)
-
-
 def locate(spec: str) -> pathlib.Path:
   """`spec` -> a folder or a .gguf file that exists. Errors as `load_pretrained`."""
   path = gguf.smollm2_path() if spec == SMOLLM2 else pathlib.Path(spec).expanduser()

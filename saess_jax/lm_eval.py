@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, generate, pretrained
+from saess_jax import batching, generate, masks, pretrained
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -86,7 +86,7 @@ def model_class() -> type:
       if safety not in words:
         raise ValueError(f"safety is {safety!r}; expected on or off.")
       model, self._params, self._tokenizer, settings, self._layout = load(checkpoint, weights)
-      self._model = Llama(model.config.replace(dtype="float32"))
+      self._model = model
       self._safety = settings if words[safety] else None
       self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
       self._max_gen_toks = max_gen_toks
@@ -107,7 +107,7 @@ def model_class() -> type:
           raise ValueError(f"The continuation {continuation!r} has no tokens; expected text.")
         tokens, kinds = chat.encode_prompt(
             self._tokenizer, context, system_prompt=self._layout["system_prompt"])
-        self._fits(len(tokens) + 1 + len(ids), context)
+        self._fits(len(tokens) + len(ids), context)
         tokens = np.append(tokens, ids).astype(np.int32)
         kinds = np.append(kinds, np.full(len(ids), TokenKind.RESPONSE, np.int32))
         if self._safety is not None:
@@ -177,13 +177,11 @@ def model_class() -> type:
 
 def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple[jax.Array, jax.Array]:
   """log p of the tokens where `scored` [B, S], float32 [B], and whether each is the likeliest, bool [B].
-
-  The token before predicts; [CLS], stored there where the header does not see it, is none.
   """
   layout = {"kinds": kinds, "stage": "sft"} if sees_cls else {}
-  logits = model.apply({"params": params}, tokens, **layout).logits.astype(jnp.float32)
+  logits = model.apply({"params": params}, tokens, **layout).logits
   targets, scored = tokens[:, 1:], scored[:, 1:]
-  before = jnp.arange(tokens.shape[1] - 1) - (sees_cls & (kinds[:, :-1] == TokenKind.CLS))
+  before = masks.predictor(kinds, jnp.broadcast_to(jnp.arange(1, tokens.shape[1]), targets.shape))
   logits = jnp.take_along_axis(logits, jnp.maximum(before, 0)[..., None], axis=1)
   said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~scored, axis=1)

@@ -1,4 +1,4 @@
-"""Who attends to whom (paper, section on strategic attention in training; DESIGN table below).
+"""Who attends to whom (paper, section on strategic attention in training; table below).
 
   row            stage "pretrain"        stage "sft"
   CLS            every non-PAD token     itself and QUERY: not AUX (Rule 4), not RESPONSE
@@ -130,6 +130,17 @@ def cls_slot(kinds: np.ndarray, stage: str, header_sees_cls: bool = True) -> int
   if sees[:slot].any():
     raise ValueError("A HEADER or RESPONSE token stands before other tokens; earlier turns are AUX and QUERY.")
   return slot
+
+
+def predictor(kinds: jax.Array | np.ndarray, index: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """Slots [..., T] from whose hidden states the tokens in slots `index` [..., T] of kinds [..., S] are predicted.
+
+  The slot before; where CLS is stored there, before the response of a HEADER that does not see it, the one before that.
+  Of numpy arrays it is numpy's.
+  """
+  xp = jnp if isinstance(kinds, jax.Array) else np
+  before = index - 1
+  return before - (xp.take_along_axis(kinds, xp.clip(before, 0, kinds.shape[-1] - 1), axis=-1) == TokenKind.CLS)
 
 
 def cls_last(kinds: jax.Array) -> jax.Array:

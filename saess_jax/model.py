@@ -50,7 +50,7 @@ class Output:
   Attributes:
     hidden: [B, S, D] after the final norm, in the compute dtype.
     logits: float32 [B, S, V]. A jitted caller that does not read them does not pay for them.
-    cls_logit: float32 [B], log-odds of malicious from the stored CLS; [B, E] of packed rows; None if there is none.
+    cls_logit: float32 [B], log-odds of malicious from the stored CLS; [B, E] of packed rows; None without kinds.
     probe_logits: float32 [B, P], the same from each probe; None without probes.
     cache: `LayerCache` stacked on L, or a tuple of L of them when layers are unrolled; None without one.
   """
@@ -281,6 +281,10 @@ class Llama(nn.Module):
     size, window = tokens.shape[1], self.config.sliding_window
     if segments is not None and (kinds is None or cls_visible is None or cls_visible.ndim != 3):
       raise ValueError("segments go with kinds and with cls_visible [B, E, S], one row for each packed example.")
+    if window is not None and size > window and (mask is not None or kinds is not None):
+      raise ValueError(
+          f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost and of which no "
+          "mask of the caller knows; shorten the sequence, or set sliding_window to None.")
     if mask is not None:
       if probe_visible is not None:
         raise ValueError(
@@ -290,10 +294,6 @@ class Llama(nn.Module):
       return attention.Sight()
     if stage is None:
       raise ValueError('kinds were given with neither stage ("sft", "pretrain") nor mask: who may see [CLS]?')
-    if window is not None and size > window:
-      raise ValueError(
-          f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost; shorten the "
-          "sequence, or set sliding_window to None.")
     if cls_visible is None:
       cls_visible = masks.cls_visibility(kinds, stage)
     rows = cls_visible if cls_visible.ndim == 3 else cls_visible[:, None]

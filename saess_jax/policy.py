@@ -77,7 +77,8 @@ def start(initial_prob: jax.Array, config: SafetyConfig) -> PolicyState:
 def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config: SafetyConfig) -> jax.Array:
   """Is [CLS] to be re-evaluated after response token t?
 
-  An open alarm is checked at every token, whatever the schedule, until it is confirmed or its window can grow no more.
+  An open alarm is checked at every token, whatever the schedule, until it is confirmed or called off; where verdicts
+  are ignored ("low") no longer than its window grows.
 
   Args:
     t: int32 [B] or scalar, index of the newest response token.

@@ -54,6 +54,7 @@ def load_base(
     ValueError: the weights have another shape than `config.model` says, or random weights have no model named.
   """
   overrides = dict(config.model_overrides)
+  config_lib.check_overrides(overrides)
   if not config.weights:
     shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
     boxed = _jitted_init(shape)(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
@@ -130,7 +131,7 @@ def _read_weights(path: str | pathlib.Path, dtype: str, mesh: Mesh | None) -> hf
 
 
 def settings_of(path: str | pathlib.Path) -> Settings:
-  """How what `load_for_research` takes wants to be decoded and asked, without reading weights.
+  """How what `load_for_research` takes wants to be decoded and asked; no base weights are read for it.
 
   Raises:
     What reading them raises there.

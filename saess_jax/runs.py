@@ -39,6 +39,7 @@ def claim(
     ValueError: it holds another run's config (the mesh apart), or a run over other rows; the keys or splits that
       differ are named and nothing is touched. Or a process beside the first does not find what the first wrote.
   """
+  config_lib.safety_as_dict(config.safety)
   workdir = pathlib.Path(workdir).expanduser().absolute()
   path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
   if jax.process_index() and not path.exists():

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import evaluation, metrics, subjects
+from saess_jax import batching, evaluation, masks, metrics, subjects
 from saess_jax.attacks import Weights
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat
@@ -45,11 +45,11 @@ def top_k_statistics(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return -jnp.sum(prob * log_prob, axis=-1), prob[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plain", "tokens", "k"))
-def _statistics(model, params, ids, kinds, at, plain, tokens, k):
+@functools.partial(jax.jit, static_argnames=("model", "plain", "k"))
+def _statistics(model, params, ids, kinds, before, plain, k):
   how = {} if plain else {"kinds": kinds, "stage": "sft"}
   logits = model.apply({"params": params}, ids, **how).logits
-  return jnp.stack(top_k_statistics(jax.lax.dynamic_slice_in_dim(logits[0], at, tokens), k), axis=-1)
+  return jnp.stack(top_k_statistics(logits[0, before], k), axis=-1)
 
 
 def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, k: int) -> np.ndarray:
@@ -77,12 +77,12 @@ def of_responses(weights: Weights, rows: Sequence[dict[str, Any]], tokens: int, 
     kinds = np.concatenate([kinds, np.full(prefix + count, TokenKind.RESPONSE)])
     if weights.safety is not None:
       ids, kinds = chat.insert_cls(ids, kinds, "sft", weights.header_sees_cls)
-    at = len(ids) - count - 1
-    size = -(-(at + tokens + 1) // 64) * 64  # Few shapes are compiled; what is behind a token it never sees.
+    written = np.arange(len(ids) - count, len(ids) - count + tokens)
+    size = batching.round_up(written[-1] + 1, 64)  # What is behind a token it never sees.
     ids, kinds = (
         np.pad(x, (0, size - len(x)), constant_values=value)[None] for x, value in ((ids, 0), (kinds, TokenKind.PAD)))
-    plain = weights.safety is None
-    values[:count] = _statistics(weights.model, weights.params, ids, kinds, at, plain, tokens, k)[:count]
+    before, plain = masks.predictor(kinds[0], written), weights.safety is None
+    values[:count] = _statistics(weights.model, weights.params, ids, kinds, before, plain, k)[:count]
   return found
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from saess_jax import config as config_lib
 from saess_jax import sharding, staging, weights
-from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig
+from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig, safety_as_dict
 from saess_jax.hf import Pretrained
 from saess_jax.model import Llama
 
@@ -48,10 +48,11 @@ def write(
 
   Raises:
     FileExistsError: `folder` exists, or another process is writing it.
+    ValueError: a schedule as an array.
   """
   values = {
       "format": 1, "model": dataclasses.asdict(config.replace(scan_layers=False, vocab_padding=0, frozen_layers=0)),
-      "safety": dataclasses.asdict(safety), "source": source, "layout": layout}
+      "safety": safety_as_dict(safety), "source": source, "layout": layout}
   with staging.new_folder(folder) as unfinished:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(unfinished / "params", params)

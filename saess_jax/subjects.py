@@ -80,7 +80,8 @@ def load_models(config: EvalConfig) -> Models:
     if trained is not None:
       shape, params, tokenizer = pretrained.load_base(trained)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
-      return attacks.Weights(Llama(shape), params, tokenizer, None, **layout)
+      model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
+      return attacks.Weights(model, params, tokenizer, None, **layout)
     if path.endswith(".safetensors"):
       model, params, _, _ = pretrained.load_for_research(adapters.load(path).base)
       return attacks.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.

@@ -14,6 +14,7 @@ import math
 import pathlib
 import signal
 import time
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -66,8 +67,24 @@ class Diverged(RuntimeError):
   """A loss or gradient that is not finite."""
 
 
+LEAST = types.MappingProxyType({
+    "epochs": 1, "max_steps": 0, "save_every": 1, "keep_last": 1, "eval_every": 0, "optimizer.accumulation": 1,
+    "data.max_train_rows": 0, "data.max_validation_rows": 0, "data.batch_size": 1, "data.examples_per_row": 1,
+    "data.refusal_depth": 0, "data.opener_depth": 0, "data.history_turns": 1, "probes.per_sequence": 0,
+    "probes.min_window": 1, "rollouts.max_prompts": 0, "rollouts.tokens": 1, "rollouts.batch_size": 1,
+    "loss.kl_positions": 1, "loss.chunk": 1,
+})
+HALVED = ("data.max_train_rows", "data.max_validation_rows", "rollouts.max_prompts")  # A half of each label.
+
+
 def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError for settings that cannot work together, before any work."""
+  """Raises ValueError for settings out of their range or that cannot work together, before any work."""
+  for name, least in LEAST.items():
+    value = functools.reduce(getattr, name.split("."), config)
+    if value < least:
+      raise ValueError(f"{name} is {value}; expected {least} or more.")
+    if name in HALVED and value == 1:
+      raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
   shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
   if config.data.batch_size % shards:
     raise ValueError(
@@ -99,15 +116,13 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
         "data.responses to 'all'.")
-  if config.data.opener_depth and not 0 < min(config.data.opener_depth, config.data.refusal_depth):
+  if config.data.opener_depth and not config.data.refusal_depth:
     raise ValueError(
-        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is {config.data.refusal_depth}: "
+        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is 0: "
         "answers to benign requests would stand behind an attacker's words, and refusals never. Set both above 0, or "
         "the first to 0.")
-  if not 0 <= config.data.histories <= 1 or config.data.history_turns < 1:
-    raise ValueError(
-        f"data.histories is {config.data.histories} at data.history_turns {config.data.history_turns}; expected a "
-        "share of queries from 0 to 1, behind 1 dialogue or more.")
+  if not 0 <= config.data.histories <= 1:
+    raise ValueError(f"data.histories is {config.data.histories}; expected a share of queries from 0 to 1.")
   if min(config.data.disguises, config.data.frames) < 0 or config.data.disguises + config.data.frames > 1:
     raise ValueError(
         f"data.disguises is {config.data.disguises} and data.frames {config.data.frames}; expected shares of queries "
@@ -125,13 +140,20 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
       raise ValueError(
           f"data.{name} is {getattr(config.data, name)}: queries grow up to data.max_length {config.data.max_length}, "
           f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
-  if config.loss.kl_weight < 0 or config.loss.kl_positions < 1:
+  if config.loss.kl_weight < 0:
+    raise ValueError(f"loss.kl_weight is {config.loss.kl_weight}; expected 0 (no KL term) or more.")
+
+
+def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
+  """Raises ValueError where sequences may be longer than what the model reads. [CLS] takes no position."""
+  if config.data.max_length - 1 > shape.max_seq_len:
     raise ValueError(
-        f"loss.kl_weight is {config.loss.kl_weight} at loss.kl_positions {config.loss.kl_positions}; expected a "
-        "weight of 0 (no KL term) or more, at 1 position or more.")
-  for name in ("epochs", "keep_last"):
-    if getattr(config, name) < 1:
-      raise ValueError(f"{name} is {getattr(config, name)}; expected 1 or more.")
+        f"data.max_length is {config.data.max_length}, [CLS] included, and the model's context {shape.max_seq_len} "
+        f"tokens; lower it to {shape.max_seq_len + 1} or less.")
+  if shape.sliding_window is not None and config.data.max_length > shape.sliding_window:
+    raise ValueError(
+        f"data.max_length is {config.data.max_length} and the model's sliding window {shape.sliding_window}, beyond "
+        "which [CLS] would be lost; lower it, or set model_overrides.sliding_window to None.")
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -323,12 +345,12 @@ def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sour
 
   A run that goes on from another takes over what that one sampled: its model was not aligned yet.
   """
-  generator = Generator(
+  generator = functools.cache(lambda: Generator(  # Where all are there already the weights need not be on a device.
       Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, safety=None,
       sampling=SamplingConfig(temperature=config.rollouts.temperature),
       max_new_tokens=config.rollouts.tokens, batch_size=config.rollouts.batch_size,
-      system_prompt=config.data.system_prompt, seed=config.seed)
-  sample = lambda prompts: [r.ids for r in generator.respond(prompts, progress="rollouts")]
+      system_prompt=config.data.system_prompt, seed=config.seed))
+  sample = lambda prompts: [r.ids for r in generator().respond(prompts, progress="rollouts")]
   path = workdir / "rollouts.jsonl"
   before = pathlib.Path(config.weights).expanduser() / "rollouts.jsonl"
   with cluster.together("sampling rollouts") as first:
@@ -361,6 +383,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
+    _check_context(config, shape)
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
@@ -402,9 +425,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     # The wish to stop, a bool a row, is summed up by the step's own program: all processes read it with the metrics.
     step = lambda state, batch, stop: (*train_step(config, model, tx, state, batch), jnp.any(stop))
     update = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None, None))
-    judge = jax.jit(functools.partial(eval_step, config, model))
+    validate = jax.jit(functools.partial(eval_step, config, model))
     run_validation = lambda state: _evaluate(
-        judge, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
+        validate, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
     return _loop(config, workdir, manager, loader, steps, state, update, run_validation, place)
 
 
@@ -507,17 +530,18 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
         pending = (step, metrics, wished)
         bar.update()
         last = step == steps or stop
+        measured = {}
         evaluate = last or (config.eval_every and step % config.eval_every == 0)
         if evaluate or step % config.save_every == 0:
           stop = read(pending)[1] or stop  # Nothing that is not finite is ever saved.
           pending, last = None, last or stop
         if evaluate and not stop:
-          validated = run_validation(state)
+          measured = validated = run_validation(state)
           if writer:
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
             writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
         if last or step % config.save_every == 0:
-          manager.save(step, state.saved(), loader.get_state(), config, validated or None, writer)
+          manager.save(step, state.saved(), loader.get_state(), config, measured or None, writer)
         if stop:
           logging.warning("Stopped: saved step %d; the same command goes on from there.", step)
           break

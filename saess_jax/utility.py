@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, subjects
+from saess_jax import batching, masks, subjects
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.generate import Generator
@@ -216,13 +216,12 @@ def _pad(rows: list[Row], size: int, sees_cls: bool) -> _Batch:
     rows = [(tokens[kinds != TokenKind.CLS], kinds[kinds != TokenKind.CLS]) for tokens, kinds in rows]
   rows = rows + [(np.zeros(0, np.int32), np.zeros(0, np.int32))] * (size - len(rows))
   responses = [np.flatnonzero(kinds == TokenKind.RESPONSE) for _, kinds in rows]
-  up = lambda lengths: -(-max(lengths) // CHUNK) * CHUNK
+  up = lambda lengths: batching.round_up(max(lengths), CHUNK)
   length, longest = up(len(tokens) for tokens, _ in rows), up(map(len, responses))
   return _Batch(
       tokens=batching.padded((tokens for tokens, _ in rows), length),
       kinds=batching.padded((kinds for _, kinds in rows), length),
-      before=batching.padded(  # [CLS], stored there where the header does not see it, predicts nothing.
-          (r - 1 - (kinds[r - 1] == TokenKind.CLS) for (_, kinds), r in zip(rows, responses)), longest),
+      before=batching.padded((masks.predictor(kinds, r) for (_, kinds), r in zip(rows, responses)), longest),
       targets=batching.padded((tokens[r] for (tokens, _), r in zip(rows, responses)), longest),
       weights=batching.padded((np.ones(len(r)) for r in responses), longest, np.float32))
 

@@ -168,8 +168,15 @@ def test_compiled_once_for_all_numbers(tiny_params):
        SamplingConfig(1.0, 5, 0.5, 0.1, 1.2)),
       (9, SafetyConfig(schedule=np.ones(48, bool)), SamplingConfig(1.0))]:
     made = decode.decode_config(Words(), safety, how, tokens, buffer=48)
-    fresh(tiny_params, prompt, jax.random.key(0), made.replace(safety=safety.replace(schedule="each")))
+    fresh(tiny_params, prompt, jax.random.key(0), made)
   assert fresh._cache_size() == 1
+
+
+def test_cls_stored_where_tokens_would_see_it_is_refused():
+  tokens, kinds = ROWS[0]
+  first = np.argsort(kinds != TokenKind.CLS, kind="stable")
+  with pytest.raises(ValueError, match="Prompt 0 has CLS in slot 0, where tokens would see it that must not; expected"):
+    decode.pad_prompts([(tokens[first], kinds[first])])
 
 
 LIMIT = jax.jit(sampling._limit)
@@ -272,6 +279,8 @@ def test_generator_gives_text_back_in_order(tiny_params):
     make().respond(prompts, max_new_tokens=7)
   with pytest.raises(ValueError, match="the model's context is 256"):
     make().respond(["x" * 300])
+  with pytest.raises(ValueError, match="1 prefixes were given for 3 prompts; expected one each"):
+    make().respond(["a", "b", "c"], ["Sure"])
 
 
 @pytest.mark.slow

@@ -258,7 +258,7 @@ def test_params_outlive_the_file(tmp_path):
 def test_load_pretrained_of_a_gguf(tmp_path):
   loaded = hf.load_pretrained(str(write_gguf(tmp_path / "tiny.gguf")), "bfloat16")
   assert loaded.config.param_dtype == "bfloat16" and loaded.params["cls_embedding"].dtype == "bfloat16"
-  assert loaded.tokenizer.eos_token_id == hf.load_tokenizer(str(tmp_path / "tiny.gguf")).eos_token_id == 1
+  assert loaded.tokenizer.eos_token_id == gguf.read_tokenizer(tmp_path / "tiny.gguf").eos_token_id == 1
 
 
 def test_tiny_tokenizer(tmp_path):

@@ -138,7 +138,7 @@ def test_load_pretrained_has_the_tree_of_the_model(dtype, tmp_path):
   shape_of = lambda leaf: (leaf.shape, leaf.dtype)
   assert jax.tree.map(shape_of, loaded.params) == jax.tree.map(shape_of, nn.meta.unbox(init))
   text = "Explain how to make bread.<|im_end|>"
-  for ours in (loaded.tokenizer, hf.load_tokenizer(str(tmp_path))):
+  for ours in (loaded.tokenizer, hf.read_tokenizer(tmp_path)):
     assert ours(text).input_ids == tokenizer(text).input_ids
     assert ours.chat_template == tokenizer.chat_template
 
@@ -248,9 +248,9 @@ def test_bad_specs(tmp_path):
   with pytest.raises(ValueError, match="float8"):
     hf.load_pretrained(str(write_folder(tmp_path)), "float8")
   with pytest.raises(ValueError, match="expected a .gguf file or a folder"):
-    hf.load_tokenizer(str(tmp_path / "model.safetensors"))
+    hf.load_pretrained(str(tmp_path / "model.safetensors"))
   with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
-    hf.load_tokenizer(str(tmp_path))
+    hf.read_tokenizer(tmp_path)
 
 
 def test_transformers_4_configs(tmp_path, monkeypatch):

@@ -137,6 +137,13 @@ def test_cls_last():
   assert masks.cls_last(kinds("AQCHRAQCHRP")).tolist() == [[0, 1, 3, 4, 5, 6, 8, 9, 10, 2, 7]]
 
 
+def test_a_token_is_predicted_by_the_one_before_it_and_never_by_cls():
+  seen, unseen = "AQCHRR", "AQHCRR"  # HEADER sees [CLS], or not.
+  for at in (np.asarray, jnp.asarray):
+    assert masks.predictor(at(kinds(seen, unseen)), at([[4, 5], [4, 5]])).tolist() == [[3, 4], [2, 4]]
+  assert masks.predictor(np.asarray(kinds(unseen))[0], np.asarray([4, 9])).tolist() == [2, 8]  # Behind the end too.
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: masks.attention_mask(kinds("CQ"), "dpo"), "stage is 'dpo'; expected one of pretrain, sft"),
     (lambda: masks.attention_mask(kinds("CQ"), "sft", cls_sees_response="some"), "cls_sees_response is 'some'"),

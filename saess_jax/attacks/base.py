@@ -78,7 +78,7 @@ class Attack(abc.ABC):
   """A way to attack, with its settings.
 
   Attributes:
-    name: stands in the `method` column of all results and tells the settings.
+    name: as `make_attack` takes it, which is what stands in the `method` column of all results; tells the settings.
     adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
     at_a_time: behaviors for which it is asked at once; what is made in one go is lost if the run is killed in it.
     asks_cls: it asks [CLS] of "saess", whoever the victim is.

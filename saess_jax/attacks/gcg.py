@@ -21,7 +21,6 @@ Axes: R suffix tokens, B candidates, V vocab, D embed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -208,8 +207,7 @@ def top_tokens(
   return scores, jax.lax.top_k(jnp.where(allowed[None], -gradient, -jnp.inf), top_k)[1]
 
 
-compiled_top_tokens = functools.partial(
-    jax.jit, static_argnames=("model", "size", "slots", "top_k"))(top_tokens)
+compiled_top_tokens = jax.jit(top_tokens, static_argnames=("model", "size", "slots", "top_k"))
 
 
 def draw_candidates(

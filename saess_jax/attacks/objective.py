@@ -15,7 +15,6 @@ Axes: B rows, S stored tokens, T target slots, R rows appended to the embeddings
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -27,6 +26,7 @@ import optax
 from saess_jax import decode, masks, policy
 from saess_jax import schedule as schedule_lib
 from saess_jax.attacks.base import Weights
+from saess_jax.batching import round_up
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -108,14 +108,14 @@ def encode_row(weights: Weights, prompt: str, target: str) -> tuple[np.ndarray, 
 
 def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], multiple: int = 32) -> Rows:
   """Ragged rows -> `Rows` of numpy arrays, padded to a multiple of `multiple` tokens."""
-  padded = decode.pad_prompts(rows, length=-(-max(len(tokens) for tokens, _ in rows) // multiple) * multiple)
+  padded = decode.pad_prompts(rows, length=round_up(max(len(tokens) for tokens, _ in rows), multiple))
   return Rows(padded.tokens, padded.kinds)
 
 
 def target_slots(rows: Rows) -> int:
   """T, which is static: room for the longest target of `rows` (host arrays)."""
   longest = int(np.max(np.sum(np.asarray(rows.kinds) == TokenKind.RESPONSE, axis=1)))
-  return -(-longest // SLOTS) * SLOTS
+  return round_up(longest, SLOTS)
 
 
 def score(
@@ -140,12 +140,9 @@ def score(
     how = {"stage": "sft", "probe_visible": masks.view_visibility(rows.kinds, views[None])}
   out = model.apply({"params": params}, rows.tokens, kinds=rows.kinds, **how)
 
-  # The token before a target token predicts it: where `header_sees_cls` is off, [CLS] is stored between the header and
-  # the first of them. Slots behind the target are looked at too and count for nothing.
+  # Slots behind the target are looked at too and count for nothing.
   pick = lambda x, index: jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1), axis=1)
-  before = positions - 1
-  before -= pick(rows.kinds, before) == TokenKind.CLS
-  hidden = pick(out.hidden, before[..., None])
+  hidden = pick(out.hidden, masks.predictor(rows.kinds, positions)[..., None])
   head = output_head(params) if head is None else head
   logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -162,7 +159,7 @@ def score(
   return Scores(loss, lm, jax.nn.sigmoid(out.cls_logit), highest)
 
 
-compiled_score = functools.partial(jax.jit, static_argnames=("model", "slots"))(score)
+compiled_score = jax.jit(score, static_argnames=("model", "slots"))
 
 
 def score_all(weights: Weights, rows: Rows, cls_weight: float, slots: int) -> Scores:

@@ -11,7 +11,6 @@ Axes: R suffix rows, D embed, S stored tokens.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -82,4 +81,4 @@ def step(
   return scores, moved * jnp.minimum(1.0, jnp.max(norms) / jnp.maximum(norm(moved), 1e-12))
 
 
-compiled_step = functools.partial(jax.jit, static_argnames=("model", "slots"))(step)
+compiled_step = jax.jit(step, static_argnames=("model", "slots"))

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import tqdm
 
-from saess_jax import first_word, hf
+from saess_jax import cluster, first_word, hf
 from saess_jax.config import LabelConfig, check_ranges
 from saess_jax.data import chat, sources
 
@@ -142,6 +142,8 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
   count = sum(1 for _ in documents(config.corpus))  # The whole corpus is checked before any work.
   if not count:
     raise ValueError(f"{config.corpus} has no documents; nothing to label.")
+  if shards > count:
+    raise ValueError(f"{config.corpus} has {count} documents and shards is {shards}; expected as many at most.")
   path = pathlib.Path(config.out).expanduser()
   if shards > 1:
     path = path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
@@ -225,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--shard", type=int, help="which of --shards this process labels; by default the process's index")
   parser.add_argument("--shards", type=int, help="by default the number of processes")
   options = vars(parser.parse_args(argv))
+  cluster.start()
   shard, shards = options.pop("shard"), options.pop("shards")
   try:
     label(

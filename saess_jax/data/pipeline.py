@@ -21,6 +21,7 @@ import grain
 import numpy as np
 import transformers
 
+from saess_jax import masks
 from saess_jax.config import TrainConfig
 from saess_jax.data import chat, disguises, frames, openers, probes, sources
 from saess_jax.data import rollouts as rollouts_lib
@@ -58,7 +59,7 @@ def build_examples(
   (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn. `data.disguises` puts some of these into other writings and `data.frames` others into frames
-  (`_otherwise`), `data.histories` some behind dialogues (`_behind_dialogues`).
+  (`_reworded`), `data.histories` some behind dialogues (`_behind_dialogues`).
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
@@ -111,7 +112,7 @@ def build_examples(
     # Nothing could follow the prefix.
     wordless = row.label and config.data.refusal_depth and not row.response and config.objective == "saess"
     if wordless or (not len(rollout) and config.data.responses == "rollouts"):
-      asked = _otherwise(tokenizer, row.prompt, config, rng)
+      asked = _reworded(tokenizer, row.prompt, config, rng)
       query = example(row, None, "none", 0, _behind_dialogues(tokenizer, asked, dialogues, config, rng))
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
@@ -141,7 +142,7 @@ def _opener(tokenizer, config: TrainConfig, rng: np.random.Generator) -> np.ndar
   return np.asarray(tokens[: int(rng.integers(1, 1 + config.data.opener_depth))], np.int32)
 
 
-def _otherwise(tokenizer, prompt: str, config: TrainConfig, rng: np.random.Generator) -> str:
+def _reworded(tokenizer, prompt: str, config: TrainConfig, rng: np.random.Generator) -> str:
   """The prompt, or for `data.disguises` of all in another writing, for `data.frames` in a frame, where that fits."""
   if not config.data.disguises and not config.data.frames:
     return prompt
@@ -252,9 +253,9 @@ class Batches(Sequence):
       self._rows = _pack(examples, buckets[-1], config.data.examples_per_row, config.seed)
       lengths = [sum(of(row)) for row in self._rows]
     self._buckets = [min(b for b in buckets if b >= length) for length in lengths]
-    self._sorts = [_is_query(examples[row[0]]) for row in self._rows]
+    self._alone = [_is_query(examples[row[0]]) for row in self._rows]
     self._plan = functools.lru_cache(maxsize=2)(self._plan)  # Steps of one epoch come one after the other.
-    self.steps_per_epoch = sum(-(-count // size) for count in collections.Counter(self._sorts).values())
+    self.steps_per_epoch = sum(-(-count // size) for count in collections.Counter(self._alone).values())
     self._len = epochs * self.steps_per_epoch
 
   def __len__(self) -> int:
@@ -273,14 +274,14 @@ class Batches(Sequence):
     """(padded length, indices of the rows) of each batch.
 
     Examples without a response keep among themselves, so that their batches hold neither losses nor probes. All batches
-    are full but one of each sort.
+    are full but one of each kind.
     """
     rng = np.random.default_rng((self._config.seed, epoch))
-    by_sort = collections.defaultdict(lambda: collections.defaultdict(list))
+    by_kind = collections.defaultdict(lambda: collections.defaultdict(list))
     for index in rng.permutation(len(self._rows)):
-      by_sort[self._sorts[index]][self._buckets[index]].append(int(index))
+      by_kind[self._alone[index]][self._buckets[index]].append(int(index))
     size, plan = self._config.data.batch_size, []
-    for by_bucket in by_sort.values():
+    for by_bucket in by_kind.values():
       rest = []
       for bucket in sorted(by_bucket):
         waiting = rest + by_bucket[bucket]  # What did not fill a batch of the shorter bucket is padded to this one.
@@ -313,8 +314,8 @@ class Batches(Sequence):
   def _padded(self, joined: dict[str, np.ndarray], index: int, size: int) -> dict[str, np.ndarray]:
     most = self._config.data.examples_per_row
     trained = size if self._config.stage == "pretrain" else min(most * (self._config.data.max_response + 1), size)
-    num_losses = 0 if self._sorts[index] else trained
-    num_probes = 0 if self._sorts[index] else most * self._config.probes.per_sequence
+    num_losses = 0 if self._alone[index] else trained
+    num_probes = 0 if self._alone[index] else most * self._config.probes.per_sequence
     sizes = {"loss": num_losses, "targets": num_losses, "probe": num_probes, "label": most, "kl": most * self._compared}
     length_of = lambda name: sizes.get(name.partition("_")[0], size)
     return {name: _pad(value, length_of(name)) if np.ndim(value) else value for name, value in joined.items()}
@@ -327,8 +328,7 @@ class Batches(Sequence):
     views, labels, weights = probes.draw_probes(
         example.trajectory, example.response_length, config.safety, config.probes, rng)
     targets = np.flatnonzero(example.kinds == TokenKind.RESPONSE)[example.loss_from:]
-    positions = targets - 1  # The token before predicts; [CLS], stored there if HEADER does not see it, is no token.
-    positions = positions - (example.kinds[positions] == TokenKind.CLS)
+    positions = masks.predictor(example.kinds, targets)
     # The base may be asked how it goes on from any query, but a model is to answer as it does benign ones alone.
     kept = [TokenKind.QUERY] + [TokenKind.HEADER, TokenKind.RESPONSE] * (example.trajectory == "benign")
     compared = np.sort(rng.permutation(np.flatnonzero(np.isin(example.kinds, kept)))[:self._compared])

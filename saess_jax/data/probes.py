@@ -1,4 +1,4 @@
-"""Trajectory probes [ours]: what [CLS] will see while decoding, drawn for training (DESIGN, sections 4 and 6).
+"""Trajectory probes [our addition]: what [CLS] will see while decoding, drawn for training.
 
 The paper's mask shows [CLS] the query only, so it learns nothing about responses. A probe is an extra [CLS] row that
 sees one inference-time view of a training sequence and has a label of its own. A view is (sees_query, start, stop):

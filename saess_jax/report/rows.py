@@ -6,12 +6,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from saess_jax.evaluation import KEYS, key_of
 from saess_jax.records import Records
 from saess_jax.report.markup import NAMES, NONE, Raw, beside, escape, section, shorten
 from saess_jax.report.shown import Row, attempt_text, highest, outcome, reason, verdict
 from saess_jax.report.trace import LEGEND, trace
 
-KEYS = ("suite", "method", "model", "index", "attempt")  # Name a row in every file of an evaluation.
 _PROBS = 200  # Printed of one response.
 
 
@@ -26,20 +26,20 @@ class RowBook:
   def __init__(self, rows: Sequence[Row], judge: str, safety: dict[str, Any], responses: pathlib.Path):
     """`responses`: responses.jsonl, to name its lines; where it is absent only keys are named."""
     self.judge, self.safety = judge, safety
-    self._numbers = {_key(row): number for number, row in enumerate(rows, 1)}
+    self._numbers = {key_of(row): number for number, row in enumerate(rows, 1)}
     lines = reversed(list(enumerate(Records(responses).read(), 1)))  # Of a row that is there twice the first counts.
-    self._lines = {_key(record): line for line, record in lines}
+    self._lines = {key_of(record): line for line, record in lines}
     self._linked: dict[int, Row] = {}
 
   def link(self, row: Row, text: str) -> Raw:
     """`text` as a link to the row."""
-    number = self._numbers[_key(row)]
+    number = self._numbers[key_of(row)]
     self._linked[number] = row
     return Raw(f'<a href="#row-{number}">{escape(text)}</a>')
 
   def line(self, row: Row) -> str:
     """"line 12": where the row stands in responses.jsonl."""
-    return f"line {self._lines[_key(row)]}" if _key(row) in self._lines else "the line"
+    return f"line {self._lines[key_of(row)]}" if key_of(row) in self._lines else "the line"
 
   def html(self) -> str:
     """All that was linked to, in the order of the rows."""
@@ -97,7 +97,3 @@ def _verdict(row: Row, judge: str) -> str:
   if row["label"] == 0:
     word = {True: "refused", False: "not refused", None: "nothing said of refusal"}[judgement["refused"]]
   return f"{word}: {reason(row, judge)} (version {shorten(str(judgement['version']), 60)})"
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-  return tuple(record[key] for key in KEYS)
