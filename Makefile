@@ -11,6 +11,9 @@ PYTHON ?= python3
 RUN ?= runs/mine
 ADAPTER := adapters/smollm2_135m.safetensors
 export JAX_PLATFORMS ?= cpu
+# Products in bfloat16 but on a CPU that has none: there they are emulated, and float32 is the faster.
+HAS_BFLOAT16 := $(if $(filter cpu,$(JAX_PLATFORMS)),$(shell grep -m1 -o -w -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),yes)
+MATMUL_DTYPE := $(if $(HAS_BFLOAT16),bfloat16)
 # Huge pages for large arrays (glibc 2.35 or newer, ignored elsewhere): a training step on a CPU takes a quarter less.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -24,11 +27,12 @@ train: $(RUN)/adapter.safetensors
 
 $(RUN)/adapter.safetensors: $(RUN)/start.safetensors
 	mkdir -p $(RUN)/adapter && cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
-	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.lora.start=$< --workdir $(RUN)/adapter
+	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.matmul_dtype=$(MATMUL_DTYPE) \
+	  --config.lora.start=$< --workdir $(RUN)/adapter
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8
 
 $(RUN)/start.safetensors: | $(BIN)/.saess-runtime
-	$(BIN)/python train.py --config configs/smollm2_135m.py --workdir $(RUN)/weights
+	$(BIN)/python train.py --config configs/smollm2_135m.py --config.matmul_dtype=$(MATMUL_DTYPE) --workdir $(RUN)/weights
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/weights $@ --rank 32 --dtype float32
 
 test: $(BIN)/.saess-dev

@@ -6,6 +6,7 @@ Kept short: the logic is in saess_jax/train.py, to be imported and tested.
 import os
 import sys
 
+import jax
 from absl import flags
 
 from saess_jax import checkpoint, cluster, command, train
@@ -22,6 +23,9 @@ def main(config):
   except checkpoint.SaveFailed as error:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # At the interpreter's end each of orbax's unfinished writes would say a page, and bury the message.
+  except KeyboardInterrupt:
+    jax.distributed.shutdown()  # The others, who have saved too, would wait for this process.
+    raise
 
 
 if __name__ == "__main__":

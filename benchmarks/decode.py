@@ -172,7 +172,7 @@ def prompts(tokenizer, count: int) -> tuple[decode.Prompt, list[np.ndarray]]:
 def speed(loaded, plan: Plan) -> dict[int, dict[str, float]]:
   """Per batch size: tokens a second of every contestant, and the ratios."""
   batches = {size: prompts(loaded.tokenizer, size) for size in plan.batches}
-  buffer = -(-max(plan.tokens, plan.long_tokens) // 32) * 32
+  buffer = decode.buffer_for(max(plan.tokens, plan.long_tokens), None)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     made = pool.map(functools.partial(Ours, loaded, buffer), [prompt for prompt, _ in batches.values()])
     rival, ours = Torch(loaded), dict(zip(batches, made))

@@ -1,4 +1,4 @@
-"""Two hours and more on two cores: every attack that reads no weights, 32 embedded test requests of each label.
+"""One to three hours on two cores: every attack that reads no weights, 32 embedded test requests of each label.
 
   python eval.py --config configs/eval_full.py --checkpoint RUN --workdir OUT
   python eval.py --config configs/eval_full.py --config.suites=malicious:advbench.csv,benign:xstest.csv ...

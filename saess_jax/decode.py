@@ -50,7 +50,7 @@ class Prompt:
 
 @flax.struct.dataclass
 class DecodeConfig:
-  """How to decode; `decode_config` makes it from words. Only `buffer` and safety's words are static.
+  """How to decode; `decode_config` makes it from words. Only `buffer` and of safety's words `dependency` are static.
 
   Attributes:
     safety: None decodes as a plain language model: nothing sees [CLS] and nothing intervenes.

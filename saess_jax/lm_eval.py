@@ -176,8 +176,7 @@ def model_class() -> type:
 
 
 def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple[jax.Array, jax.Array]:
-  """log p of the tokens where `scored` [B, S], float32 [B], and whether each is the likeliest, bool [B].
-  """
+  """log p of the tokens where `scored` [B, S], float32 [B], and whether each is the likeliest, bool [B]."""
   layout = {"kinds": kinds, "stage": "sft"} if sees_cls else {}
   logits = model.apply({"params": params}, tokens, **layout).logits
   targets, scored = tokens[:, 1:], scored[:, 1:]

@@ -36,8 +36,9 @@ def claim(
     rows: of each split.
 
   Raises:
-    ValueError: it holds another run's config (the mesh apart), or a run over other rows; the keys or splits that
-      differ are named and nothing is touched. Or a process beside the first does not find what the first wrote.
+    ValueError: a schedule as an array; or it holds another run's config (the mesh apart), or a run over other rows; the
+      keys or splits that differ are named and nothing is touched. Or a process beside the first does not find what the
+      first wrote.
   """
   config_lib.safety_as_dict(config.safety)
   workdir = pathlib.Path(workdir).expanduser().absolute()

@@ -150,10 +150,16 @@ def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
     raise ValueError(
         f"data.max_length is {config.data.max_length}, [CLS] included, and the model's context {shape.max_seq_len} "
         f"tokens; lower it to {shape.max_seq_len + 1} or less.")
-  if shape.sliding_window is not None and config.data.max_length > shape.sliding_window:
+  if shape.sliding_window is None or config.objective != "saess":
+    return
+  packed = config.data.examples_per_row > 1  # Into the longest bucket.
+  fitting = [bucket for bucket in config.data.buckets if bucket >= config.data.max_length and not packed]
+  longest = min(fitting, default=max(config.data.buckets, default=0))
+  if longest > shape.sliding_window:
     raise ValueError(
-        f"data.max_length is {config.data.max_length} and the model's sliding window {shape.sliding_window}, beyond "
-        "which [CLS] would be lost; lower it, or set model_overrides.sliding_window to None.")
+        f"Rows are padded to up to {longest} tokens (data.max_length, data.buckets), and the model's sliding window is "
+        f"{shape.sliding_window}, beyond which [CLS] would be lost; lower them, or set model_overrides.sliding_window "
+        "to None.")
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -493,9 +499,13 @@ def _loop(config, workdir, manager, loader, steps, state, update, run_validation
   def ask(number, frame):
     del frame
     asked.add(number)
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
+    if number == signal.SIGINT:
+      signal.signal(number, before[number])
 
-  before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # A job in the background of a shell script.
+    numbers.remove(signal.SIGINT)
+  before = {number: signal.signal(number, ask) for number in numbers}
   validated: dict[str, float] = {}
   pending = None  # Step number, metrics and wish to stop, not yet read.
   stop = False  # As all processes know it.

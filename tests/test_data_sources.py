@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from saess_jax.data import sources
@@ -233,7 +234,9 @@ def test_a_draw_of_which_a_share_has_a_response():
       assert [row.label for row in drawn].count(1) == 12 == len({row.prompt for row in drawn}) / 2
       assert all(sum(bool(row.response) for row in drawn if row.label == label) >= least for label in (0, 1))
       assert drawn == sorted(drawn, key=lambda row: int(row.prompt))
-  assert sources.draw_evenly(rows, 12, 3, 0.0) == sources.draw_evenly(rows, 12, 3)
+  rng = np.random.default_rng(3)  # Without a share, as it always was.
+  plain = [i for label in (0, 1) for i in rng.permutation(range(label, 200, 2))[:12]]
+  assert sources.draw_evenly(rows, 12, 3) == [rows[i] for i in sorted(plain)]
   assert [bool(row.response) for row in sources.draw_evenly(rows, 30, 0, 1.0)].count(True) == 40  # The rest has none.
 
 

@@ -194,9 +194,9 @@ def test_bad_corpora_stop_before_anything_is_written(guard_folder, tmp_path, nam
     ({"guard": "/nowhere"}, (0, 1), "nowhere"),
     ({"threshold": 1.5}, (0, 1), "threshold is 1.5; expected 0 to 1"),
     ({"dtype": "float16"}, (0, 1), "dtype is 'float16'; expected bfloat16 or float32"),
-    ({"batch_size": 3}, (0, 1), "batch size of 3 cannot be divided among 8 devices"),
     ({"max_tokens": 500}, (0, 1), r"its context is 512. Lower --max-tokens to \d+ or less"),
     ({}, (2, 2), "shard is 2 of 2; expected 0 to 1"),
+    ({}, (0, 99), r"has \d+ documents and shards is 99; expected as many at most"),
 ])
 def test_bad_settings_stop_before_anything_is_written(guard_folder, corpus, changes, shards, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -77,7 +77,7 @@ def scalars(workdir):
 def finished(data, tmp_path_factory):
   """One undisturbed run on a 2 x 2 x 2 mesh."""
   workdir = tmp_path_factory.mktemp("run")
-  config = small_config(data, mesh=MeshConfig(2, 2, 2))
+  config = small_config(data, mesh=MeshConfig(2, 2, 2), eval_every=2)
   return config, workdir, train.train_and_evaluate(config, workdir)
 
 
@@ -86,6 +86,8 @@ def test_a_run_leaves_what_it_promises(finished):
   assert {p.name for p in workdir.iterdir()} == {
       "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
+  # Of the step itself, which is the last one's: the third is not validated.
+  assert [(workdir / "checkpoints" / step / "metrics").exists() for step in ("3", "6")] == [False, True]
   assert runs.read_config(workdir) == config
   assert set(validated) == {"lm_loss", "cls_loss", "cls_accuracy", "probe_loss", "probe_accuracy"}
   seen = scalars(workdir)
@@ -329,8 +331,11 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
       "def get_config():\n  return to_config_dict(TrainConfig(model='tiny', model_overrides={'vocab_size': 260}, "
       f"data=DataConfig(source={str(data)!r}, max_length=128, max_response=12, buckets=(128,), batch_size=8), "
       "rollouts=RolloutConfig(enabled=False), epochs=1000, eval_every=0, save_every=100000))\n")
+  heeding = (  # Tests that a script has started in the background would hand on that Ctrl-C is ignored.
+      "import runpy, signal, sys; sys.argv = sys.argv[1:]; signal.signal(signal.SIGINT, signal.default_int_handler); "
+      "runpy.run_path(sys.argv[0], run_name='__main__')")
   run = subprocess.Popen(
-      [sys.executable, ROOT / "train.py", "--config", str(file), "--workdir", str(workdir)], cwd=ROOT,
+      [sys.executable, "-c", heeding, ROOT / "train.py", "--config", str(file), "--workdir", str(workdir)], cwd=ROOT,
       env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
   try:
     deadline = time.time() + 120
@@ -367,7 +372,7 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
     (lambda c: {"data": dataclasses.replace(c.data, batch_size=0)}, "data.batch_size is 0; expected 1 or more"),
     (lambda c: {"data": dataclasses.replace(c.data, max_length=300, buckets=(300,))},
      "data.max_length is 300, .CLS. included, and the model's context 256 tokens; lower it to 257"),
-    (lambda c: {"model_overrides": {"sliding_window": 64}}, "data.max_length is 128 and the model's sliding window 64"),
+    (lambda c: {"model_overrides": {"sliding_window": 64}}, "Rows are padded to up to 128 tokens .* window is 64"),
     (lambda c: {"save_every": 0}, "save_every is 0; expected 1 or more"),
     (lambda c: {"optimizer": OptimizerConfig(accumulation=0)}, "optimizer.accumulation is 0; expected 1 or more"),
     (lambda c: {"rollouts": RolloutConfig(max_prompts=1)}, "rollouts.max_prompts is 1; expected 0 for all, or 2 or"),

@@ -23,11 +23,10 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
-from saess_jax import cluster, first_word, hf
+from saess_jax import first_word, hf
 from saess_jax.config import LabelConfig, check_ranges
 from saess_jax.data import chat, sources
 
@@ -53,7 +52,7 @@ class Guard:
 
     Raises:
       ValueError: the tokenizer begins both words alike; the template with `max_tokens` exceeds the model's context; a
-        batch size that the devices do not divide; a template that does not show the document.
+        template that does not show the document.
     """
     self.tokenizer, self.config = loaded.tokenizer, config
     needed = len(self._encode("x")) + config.max_tokens + _SLACK
@@ -224,15 +223,12 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--max-tokens", "--max_tokens", type=int, default=LabelConfig.max_tokens, help="of a piece")
   parser.add_argument("--batch-size", "--batch_size", type=int, default=LabelConfig.batch_size)
   parser.add_argument("--dtype", default=LabelConfig.dtype, help="bfloat16 or float32")
-  parser.add_argument("--shard", type=int, help="which of --shards this process labels; by default the process's index")
-  parser.add_argument("--shards", type=int, help="by default the number of processes")
+  parser.add_argument("--shard", type=int, default=0, help="which of --shards this job labels, from 0")
+  parser.add_argument("--shards", type=int, default=1, help="jobs that divide the documents among them")
   options = vars(parser.parse_args(argv))
-  cluster.start()
   shard, shards = options.pop("shard"), options.pop("shards")
   try:
-    label(
-        LabelConfig(**options), jax.process_index() if shard is None else shard,
-        jax.process_count() if shards is None else shards)
+    label(LabelConfig(**options), shard, shards)
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
 
