@@ -1,14 +1,14 @@
 """SmolLM2-135M-Instruct learns the safety signal on two cores: two runs from scratch (`make train`).
 
-  weights     all of them, half a pass over the data; `saess_jax.convert run2adapter --rank 32` then keeps the 32
+  weights     all of them, two thirds of a pass; `saess_jax.convert run2adapter --rank 32` then keeps the 32
               strongest directions of what each projection learned
-  adapter     goes on from these pairs (--config.lora.start=FILE), a sixth of a pass: what the cut broke is mended, and
-              the language model comes back to its base
+  adapter     goes on from these pairs (--config.lora.start=FILE), half a pass: what the cut broke is mended, and the
+              language model comes back to its base
 
 Time is what is scarce, so tokens go where the signal is: most queries are read without system text, up to [CLS], some
 of them behind dialogues, in disguise or in a frame; the responses of some are read for the probes, the explanations and
-the model's own voice. --config.max_steps=0 reads everything, in twice the time and more. Small batches learn the signal
-fastest per query (docs/earlier.md).
+the model's own voice. --config.max_steps=0 reads everything. Small batches learn the signal fastest per query
+(docs/earlier.md).
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ WEIGHTS = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
     # Windows beside the query tell more than windows alone (docs/earlier.md).
     safety=SafetyConfig(threshold=0.1, rule2_keeps_query=True),
-    max_steps=1700, eval_every=0, save_every=500, keep_last=1,
+    max_steps=2000, eval_every=0, save_every=500, keep_last=1,
 )
 ADAPTER = dataclasses.replace(
     # Another seed: other rows than the first batches of the first stage, other disguises. Its rollouts are copied here
     # (Makefile), and two of its own are no work.
     WEIGHTS, seed=1, rollouts=dataclasses.replace(WEIGHTS.rollouts, max_prompts=2), lora=LoraConfig(rank=32),
-    max_steps=500,
+    max_steps=1500,
     loss=LossConfig(cls_weight=1.0, kl_weight=4.0, kl_positions=16),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, weight_decay=0.01),
 )

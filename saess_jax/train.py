@@ -346,8 +346,10 @@ def _evaluate(step, state: TrainState, batches: Iterable[dict[str, jax.Array]]) 
   return {name: value / max(per[name.partition("_")[0]], 1.0) for name, value in sums.items() if name != "loss"}
 
 
-def _sample_rollouts(config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape, base, tokenizer):
-  """The rollout step: the first process samples and writes, all read.
+def _sample_rollouts(
+    config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape: config_lib.ModelConfig, base: Any,
+    tokenizer: Any) -> dict[str, list[int]]:
+  """The rollout step: the first process samples and writes, all read: prompt -> token ids.
 
   A run that goes on from another takes over what that one sampled: its model was not aligned yet.
   """
@@ -485,11 +487,22 @@ def _resume(
   return state.replace(**saved)
 
 
-def _loop(config, workdir, manager, loader, steps, state, update, run_validation, place) -> dict[str, float]:
+def _loop(
+    config: TrainConfig, workdir: pathlib.Path, manager: checkpoint.Checkpoints, loader: pipeline.Loader, steps: int,
+    state: TrainState, update: Callable[..., Any], run_validation: Callable[[TrainState], dict[str, float]],
+    place: Callable[[np.ndarray], jax.Array]) -> dict[str, float]:
   """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
 
   SIGTERM or Ctrl-C on any process is in the next step's batch; the run stops after the step in whose metrics it is
   read, and after Ctrl-C it raises KeyboardInterrupt there. A second Ctrl-C does so at once.
+
+  Args:
+    steps: where the run ends.
+    update: (state, batch, stop) -> (state, metrics, whether any process wishes to stop).
+    place: a process's rows -> the array over all of them.
+
+  Returns:
+    What was validated last; {} if nothing was.
   """
   start, rate = int(state.step), learning_rate(config.optimizer, steps)
   first = jax.process_index() == 0
