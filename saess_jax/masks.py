@@ -136,9 +136,9 @@ def predictor(kinds: jax.Array | np.ndarray, index: jax.Array | np.ndarray) -> j
   """Slots [..., T] from whose hidden states the tokens in slots `index` [..., T] of kinds [..., S] are predicted.
 
   The slot before; where CLS is stored there, before the response of a HEADER that does not see it, the one before that.
-  Of numpy arrays it is numpy's.
+  Of numpy arrays it is numpy's; one of them may be traced and the other not.
   """
-  xp = jnp if isinstance(kinds, jax.Array) else np
+  xp = np if isinstance(kinds, np.ndarray) and isinstance(index, np.ndarray) else jnp
   before = index - 1
   return before - (xp.take_along_axis(kinds, xp.clip(before, 0, kinds.shape[-1] - 1), axis=-1) == TokenKind.CLS)
 

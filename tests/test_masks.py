@@ -2,6 +2,7 @@
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,6 +142,8 @@ def test_a_token_is_predicted_by_the_one_before_it_and_never_by_cls():
   seen, unseen = "AQCHRR", "AQHCRR"  # HEADER sees [CLS], or not.
   for at in (np.asarray, jnp.asarray):
     assert masks.predictor(at(kinds(seen, unseen)), at([[4, 5], [4, 5]])).tolist() == [[3, 4], [2, 4]]
+    traced = jax.jit(lambda index, known=np.asarray(kinds(seen, unseen)): masks.predictor(known, index))
+    assert traced(at([[4, 5], [4, 5]])).tolist() == [[3, 4], [2, 4]]
   assert masks.predictor(np.asarray(kinds(unseen))[0], np.asarray([4, 9])).tolist() == [2, 8]  # Behind the end too.
 
 
