@@ -1,5 +1,6 @@
 """Every file under configs/ builds the dataclass it is for, and a mistyped override is refused by name."""
 
+import dataclasses
 import os
 import pathlib
 import runpy
@@ -58,6 +59,7 @@ def test_the_adapter_goes_on_with_what_all_weights_learned():
   train.check(adapter, sharding.make_mesh(adapter.mesh))
   assert (weights.lora.rank, adapter.lora.rank) == (0, 32)
   assert (weights.data, weights.safety) == (adapter.data, adapter.safety) and weights.seed != adapter.seed
+  assert dataclasses.replace(adapter.rollouts, max_prompts=weights.rollouts.max_prompts) == weights.rollouts
   with pytest.raises(ValueError, match="stage is 'sft'; expected one of weights, adapter"):
     stage("sft")
 

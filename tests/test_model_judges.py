@@ -73,6 +73,8 @@ def test_llama_guard_reads_the_last_agent_message(folder):
     assert verdict.reason == ("unsafe" if p >= 0.5 else "safe")
   assert verdicts[3] == judge.empty()
   assert len({verdict.score for verdict in verdicts[:3]}) == 3
+  odd = LlamaGuardJudge(str(folder), dtype="float32", batch_size=3).judge_many(ROWS)  # Not divided by 8 devices.
+  assert [verdict.score for verdict in odd[:3]] == pytest.approx([verdict.score for verdict in verdicts[:3]], abs=1e-5)
 
 
 @pytest.mark.parametrize("prompt, name", [("llama2", "harmbench"), ("mistral", "harmbench_mistral")])
