@@ -44,7 +44,7 @@ WEIGHTS = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=50, weight_decay=0.01),
     # Windows beside the query tell more than windows alone (docs/earlier.md).
     safety=SafetyConfig(threshold=0.1, rule2_keeps_query=True),
-    max_steps=2000, eval_every=0, save_every=500, keep_last=1,
+    max_steps=1700, eval_every=0, save_every=500, keep_last=1,
 )
 ADAPTER = dataclasses.replace(
     # Another seed: other rows than the first batches of the first stage, other disguises. Its rollouts are copied here

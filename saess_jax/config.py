@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -121,19 +122,23 @@ class SafetyConfig:
   def __post_init__(self):
     if self.dependency not in DEPENDENCIES:
       raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
-    check_ranges(
-        self, r1=(0, math.inf), r2=(0, math.inf), r3=(0, math.inf), tau=(1, math.inf), threshold=(0, 1))
+    check_ranges(self, {
+        "r1": (0, math.inf), "r2": (0, math.inf), "r3": (0, math.inf), "tau": (1, math.inf), "threshold": (0, 1)})
 
   def replace(self, **changes) -> SafetyConfig:
     return dataclasses.replace(self, **changes)
 
 
-def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-  """Raises ValueError for a field of `config` outside its range [low, high]; traced values are not looked at."""
+def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+  """Raises ValueError for a field of `config` outside its range [low, high]; traced values are not looked at.
+
+  Args:
+    ranges: field -> range; of a config within, as a flag names it ("data.batch_size").
+  """
   for name, (low, high) in ranges.items():
-    value = getattr(config, name)
+    value = functools.reduce(getattr, name.split("."), config)
     if isinstance(value, (int, float)) and not low <= value <= high:
-      raise ValueError(f"{name} is {value}; expected {low} to {high}.")
+      raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
 
 
 DEPENDENCIES = ("low", "medium", "high")

@@ -26,9 +26,9 @@ class SamplingConfig:
   repetition_penalty: float = 1.0  # Divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
 
   def __post_init__(self):
-    check_ranges(
-        self, temperature=(0, math.inf), top_k=(0, math.inf), top_p=(0, 1), min_p=(0, 1),
-        repetition_penalty=(0, math.inf))
+    check_ranges(self, {
+        "temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
+        "repetition_penalty": (0, math.inf)})
     if isinstance(self.repetition_penalty, (int, float)) and self.repetition_penalty == 0:
       raise ValueError("repetition_penalty is 0, and logits are divided by it; expected more than 0 (1: none).")
 

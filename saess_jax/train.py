@@ -67,23 +67,28 @@ class Diverged(RuntimeError):
   """A loss or gradient that is not finite."""
 
 
-LEAST = types.MappingProxyType({
-    "epochs": 1, "max_steps": 0, "save_every": 1, "keep_last": 1, "eval_every": 0, "optimizer.accumulation": 1,
-    "data.max_train_rows": 0, "data.max_validation_rows": 0, "data.batch_size": 1, "data.examples_per_row": 1,
-    "data.refusal_depth": 0, "data.opener_depth": 0, "data.history_turns": 1, "probes.per_sequence": 0,
-    "probes.min_window": 1, "rollouts.max_prompts": 0, "rollouts.tokens": 1, "rollouts.batch_size": 1,
-    "loss.kl_positions": 1, "loss.chunk": 1,
+_COUNT, _SOME, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
+RANGES = types.MappingProxyType({
+    "epochs": _SOME, "max_steps": _COUNT, "save_every": _SOME, "keep_last": _SOME, "eval_every": _COUNT,
+    "data.max_train_rows": _COUNT, "data.max_validation_rows": _COUNT, "data.batch_size": _SOME,
+    "data.examples_per_row": _SOME, "data.max_response": _SOME, "data.refusal_depth": _COUNT,
+    "data.opener_depth": _COUNT, "data.histories": _SHARE, "data.history_turns": _SOME, "data.disguises": _SHARE,
+    "data.frames": _SHARE, "probes.per_sequence": _COUNT, "probes.min_window": _SOME,
+    "probes.benign_weight": (0, math.inf), "rollouts.max_prompts": _COUNT, "rollouts.written": _SHARE,
+    "rollouts.tokens": _SOME, "rollouts.batch_size": _SOME, "rollouts.temperature": (0, math.inf),
+    "loss.cls_weight": (0, math.inf), "loss.kl_weight": (0, math.inf), "loss.kl_positions": _SOME, "loss.chunk": _SOME,
+    "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": _COUNT, "optimizer.final_fraction": _SHARE,
+    "optimizer.weight_decay": (0, math.inf), "optimizer.b1": _SHARE, "optimizer.b2": _SHARE,
+    "optimizer.clip_norm": (0, math.inf), "optimizer.accumulation": _SOME,
 })
 HALVED = ("data.max_train_rows", "data.max_validation_rows", "rollouts.max_prompts")  # A half of each label.
 
 
 def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for settings out of their range or that cannot work together, before any work."""
-  for name, least in LEAST.items():
-    value = functools.reduce(getattr, name.split("."), config)
-    if value < least:
-      raise ValueError(f"{name} is {value}; expected {least} or more.")
-    if name in HALVED and value == 1:
+  config_lib.check_ranges(config, RANGES)
+  for name in HALVED:
+    if functools.reduce(getattr, name.split("."), config) == 1:
       raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
   shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
   if config.data.batch_size % shards:
@@ -121,15 +126,10 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
         f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is 0: "
         "answers to benign requests would stand behind an attacker's words, and refusals never. Set both above 0, or "
         "the first to 0.")
-  if not 0 <= config.data.histories <= 1:
-    raise ValueError(f"data.histories is {config.data.histories}; expected a share of queries from 0 to 1.")
-  if min(config.data.disguises, config.data.frames) < 0 or config.data.disguises + config.data.frames > 1:
+  if config.data.disguises + config.data.frames > 1:
     raise ValueError(
-        f"data.disguises is {config.data.disguises} and data.frames {config.data.frames}; expected shares of queries "
-        "from 0 to 1, and no more than 1 together.")
-  if not 0 <= config.rollouts.written <= 1:
-    raise ValueError(
-        f"rollouts.written is {config.rollouts.written}; expected a share of rollouts.max_prompts from 0 to 1.")
+        f"data.disguises is {config.data.disguises} and data.frames {config.data.frames}; expected shares of queries, "
+        "no more than 1 together.")
   for name in ("histories", "disguises", "frames"):
     if getattr(config.data, name) and (config.data.responses != "rollouts" or config.objective != "saess"):
       raise ValueError(
@@ -140,11 +140,9 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
       raise ValueError(
           f"data.{name} is {getattr(config.data, name)}: queries grow up to data.max_length {config.data.max_length}, "
           f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
-  if config.loss.kl_weight < 0:
-    raise ValueError(f"loss.kl_weight is {config.loss.kl_weight}; expected 0 (no KL term) or more.")
 
 
-def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
+def check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
   """Raises ValueError where sequences may be longer than what the model reads. [CLS] takes no position."""
   if config.data.max_length - 1 > shape.max_seq_len:
     raise ValueError(
@@ -391,7 +389,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
-    _check_context(config, shape)
+    check_context(config, shape)
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.

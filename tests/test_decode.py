@@ -368,7 +368,7 @@ def test_what_only_values_tell_is_checked_before_decoding():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: SamplingConfig(temperature=-0.1), "temperature is -0.1; expected 0 to inf"),
+    (lambda: SamplingConfig(temperature=-0.1), "temperature is -0.1; expected 0 or more"),
     (lambda: SamplingConfig(top_p=1.5), "top_p is 1.5; expected 0 to 1"),
     (lambda: SamplingConfig(repetition_penalty=0.0), "repetition_penalty is 0"),
     (lambda: decode.decode_config(Words(), SafetyConfig(schedule=np.ones(31, bool)), buffer=32, max_new_tokens=8),

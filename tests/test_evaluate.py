@@ -750,7 +750,7 @@ def test_safety_is_the_runs_but_for_what_is_changed(tmp_path):
     return subjects.load_models(from_config_dict(EvalConfig, values)).safety
   assert safety() == run.safety
   assert safety(tau=1, threshold=0.25) == run.safety.replace(tau=1, threshold=0.25)
-  with pytest.raises(ValueError, match="tau is 0; expected 1 to inf"):
+  with pytest.raises(ValueError, match="tau is 0; expected 1 or more"):
     safety(tau=0)
 
 

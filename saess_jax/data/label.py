@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -137,7 +138,7 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
   """
   if not 0 <= shard < shards:
     raise ValueError(f"shard is {shard} of {shards}; expected 0 to {shards - 1}.")
-  check_ranges(config, threshold=(0, 1), max_tokens=(2, 1 << 20), batch_size=(1, 1 << 20))
+  check_ranges(config, {"threshold": (0, 1), "max_tokens": (2, math.inf), "batch_size": (1, math.inf)})
   count = sum(1 for _ in documents(config.corpus))  # The whole corpus is checked before any work.
   if not count:
     raise ValueError(f"{config.corpus} has no documents; nothing to label.")
