@@ -5,8 +5,9 @@
                al. 2024, "Safety alignment should be made more than just a few tokens deep")
   dpo          preferences between refusals and answers, from where sft ended: --config.weights=RUN_OF_SFT
 
-They read the embedded set, 1,280 rows of it with a rollout, once. An evaluation of
-`--config.models="('base','plain')"` decodes them plainly, as they were trained.
+They read 1,280 rows of the embedded set once, those with a rollout. Three quarters of the malicious ones have a refusal
+to read, as many as in the method's own configuration. An evaluation of `--config.models="('base','plain')"` decodes them
+plainly, as they were trained.
 """
 
 from saess_jax.config import (
@@ -33,7 +34,7 @@ def get_config(name="sft"):
       data=DataConfig(
           max_validation_rows=96, responses="rollouts", refusal_depth=refusal_depth, max_length=224, max_response=48,
           buckets=(96, 128, 160, 224), batch_size=8),
-      rollouts=RolloutConfig(max_prompts=1280, tokens=24, batch_size=64),
+      rollouts=RolloutConfig(max_prompts=1280, written=0.75, tokens=24, batch_size=64),
       probes=ProbeConfig(per_sequence=0),
       optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=10, weight_decay=0.01),
       eval_every=0, save_every=1000, keep_last=1,
