@@ -6,8 +6,8 @@
   dpo          preferences between refusals and answers, from where sft ended: --config.weights=RUN_OF_SFT
 
 They read 1,280 rows of the embedded set once, those with a rollout. Three quarters of the malicious ones have a refusal
-to read, as many as in the method's own configuration. An evaluation of `--config.models="('base','plain')"` decodes them
-plainly, as they were trained.
+to read, the share of the method's own configuration. `--config.models="('base','plain')"` decodes them plainly in an
+evaluation, as they were trained.
 """
 
 from saess_jax.config import (
