@@ -127,10 +127,11 @@ class Projection(nn.Module):
     fan_in = math.prod(self.shape[: self.contracted])
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), self.axes)
     kernel = self.param("kernel", init, self.shape, dtype_of(self.config.param_dtype))
-    out = contract(x, kernel, self.contracted, self.config.matmul_dtype or self.config.dtype)
+    dtype = self.config.matmul_dtype or self.config.dtype
+    out = contract(x, kernel, self.contracted, dtype)
     if self.has_variable("lora", "a"):
-      a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
-      out += jnp.tensordot(jnp.tensordot(x, a, self.contracted), b, 1)
+      a, b = (self.get_variable("lora", name) for name in ("a", "b"))
+      out += contract(contract(x, a, self.contracted, dtype), b, 1, dtype)
     if self.bias:
       free = slice(self.contracted, None)
       init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[free])
