@@ -67,19 +67,19 @@ class Diverged(RuntimeError):
   """A loss or gradient that is not finite."""
 
 
-_COUNT, _SOME, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
+_FROM_0, _FROM_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
 RANGES = types.MappingProxyType({
-    "epochs": _SOME, "max_steps": _COUNT, "save_every": _SOME, "keep_last": _SOME, "eval_every": _COUNT,
-    "data.max_train_rows": _COUNT, "data.max_validation_rows": _COUNT, "data.batch_size": _SOME,
-    "data.examples_per_row": _SOME, "data.max_response": _SOME, "data.refusal_depth": _COUNT,
-    "data.opener_depth": _COUNT, "data.histories": _SHARE, "data.history_turns": _SOME, "data.disguises": _SHARE,
-    "data.frames": _SHARE, "probes.per_sequence": _COUNT, "probes.min_window": _SOME,
-    "probes.benign_weight": (0, math.inf), "rollouts.max_prompts": _COUNT, "rollouts.written": _SHARE,
-    "rollouts.tokens": _SOME, "rollouts.batch_size": _SOME, "rollouts.temperature": (0, math.inf),
-    "loss.cls_weight": (0, math.inf), "loss.kl_weight": (0, math.inf), "loss.kl_positions": _SOME, "loss.chunk": _SOME,
-    "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": _COUNT, "optimizer.final_fraction": _SHARE,
-    "optimizer.weight_decay": (0, math.inf), "optimizer.b1": _SHARE, "optimizer.b2": _SHARE,
-    "optimizer.clip_norm": (0, math.inf), "optimizer.accumulation": _SOME,
+    "epochs": _FROM_1, "max_steps": _FROM_0, "save_every": _FROM_1, "keep_last": _FROM_1, "eval_every": _FROM_0,
+    "data.max_train_rows": _FROM_0, "data.max_validation_rows": _FROM_0, "data.batch_size": _FROM_1,
+    "data.examples_per_row": _FROM_1, "data.max_response": _FROM_1, "data.refusal_depth": _FROM_0,
+    "data.opener_depth": _FROM_0, "data.histories": _SHARE, "data.history_turns": _FROM_1, "data.disguises": _SHARE,
+    "data.frames": _SHARE, "probes.per_sequence": _FROM_0, "probes.min_window": _FROM_1,
+    "probes.benign_weight": _FROM_0, "rollouts.max_prompts": _FROM_0, "rollouts.written": _SHARE,
+    "rollouts.tokens": _FROM_1, "rollouts.batch_size": _FROM_1, "rollouts.temperature": _FROM_0,
+    "loss.cls_weight": _FROM_0, "loss.kl_weight": _FROM_0, "loss.kl_positions": _FROM_1, "loss.chunk": _FROM_1,
+    "optimizer.learning_rate": _FROM_0, "optimizer.warmup_steps": _FROM_0, "optimizer.final_fraction": _SHARE,
+    "optimizer.weight_decay": _FROM_0, "optimizer.b1": _SHARE, "optimizer.b2": _SHARE,
+    "optimizer.clip_norm": _FROM_0, "optimizer.accumulation": _FROM_1, "lora.rank": _FROM_0,
 })
 HALVED = ("data.max_train_rows", "data.max_validation_rows", "rollouts.max_prompts")  # A half of each label.
 
