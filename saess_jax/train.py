@@ -90,6 +90,11 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   for name in HALVED:
     if functools.reduce(getattr, name.split("."), config) == 1:
       raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
+  rule = config.optimizer
+  if rule.clip_norm == 0 or 1 in (rule.b1, rule.b2):
+    raise ValueError(
+        f"optimizer.clip_norm is {rule.clip_norm}, b1 {rule.b1} and b2 {rule.b2}; expected the first above 0 (a large "
+        "one clips nothing) and the others below 1.")
   shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
   if config.data.batch_size % shards:
     raise ValueError(
