@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct learns the safety signal on two cores: two runs from scratch (`make train`).
 
-  weights     all of them, half a pass; `saess_jax.convert run2adapter --rank 32` then keeps the 32
-              strongest directions of what each projection learned
+  weights     all of them, half a pass; `saess_jax.convert run2adapter --rank 32` then keeps the 32 strongest
+              directions of what each projection learned
   adapter     goes on from these pairs (--config.lora.start=FILE), half a pass: what the cut broke is mended, and the
               language model comes back to its base
 

@@ -286,9 +286,7 @@ def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
   train.check(config, mesh)
   if config.objective != "saess":
     raise ValueError(f"objective is {config.objective!r}; expected saess: what is reported is what the signal costs.")
-  shape = config_lib.model_config(config.model, **config.model_overrides)
-  train.check_context(config, shape)
-  shape = train.config_of_training(config, shape)
+  shape = train.config_of_training(config, config_lib.model_config(config.model, **config.model_overrides))
   without_kl = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_weight=0.0))
   without_probes = dataclasses.replace(without_kl, probes=dataclasses.replace(config.probes, per_sequence=0))
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -136,7 +136,7 @@ def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None
     ranges: field -> range; of a config within, as a flag names it ("data.batch_size").
   """
   for name, (low, high) in ranges.items():
-    value = functools.reduce(getattr, name.split("."), config)
+    value = operator.attrgetter(name)(config)
     if isinstance(value, (int, float)) and not low <= value <= high:
       raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import pathlib
 import signal
 import time
@@ -88,7 +89,7 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for settings out of their range or that cannot work together, before any work."""
   config_lib.check_ranges(config, RANGES)
   for name in HALVED:
-    if functools.reduce(getattr, name.split("."), config) == 1:
+    if operator.attrgetter(name)(config) == 1:
       raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
   rule = config.optimizer
   if rule.clip_norm == 0 or 1 in (rule.b1, rule.b2):
@@ -147,7 +148,7 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
           f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
 
 
-def check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
+def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
   """Raises ValueError where sequences may be longer than what the model reads. [CLS] takes no position."""
   if config.data.max_length - 1 > shape.max_seq_len:
     raise ValueError(
@@ -394,7 +395,6 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
-    check_context(config, shape)
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
@@ -460,8 +460,9 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
   """The model's config for the loop: layers scanned unless the overrides say otherwise, the lowest of them frozen.
 
   Raises:
-    ValueError: no layer is left to train, or an unknown matmul_dtype.
+    ValueError: no layer is left to train, an unknown matmul_dtype, or sequences longer than what the model reads.
   """
+  _check_context(config, shape)
   if config.matmul_dtype:
     config_lib.dtype_of(config.matmul_dtype)
   if not 0 <= config.frozen_layers < shape.num_layers:
