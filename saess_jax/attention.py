@@ -25,7 +25,7 @@ class Sight:
   """Who sees whom in a full sequence; built once, outside the layers.
 
   Attributes:
-    mask: bool [B, S, S], the dense reference; if given it alone counts (and there are no rows apart).
+    mask: bool [B, S, S], the dense reference; if given it alone says who sees whom (and there are no rows apart).
     cls_index: int32 [B, E], the slot of each CLS; S for one that is not there. None: a plain causal language model.
     rows: bool [B, E + P, S], what each CLS row and each probe row see beside themselves.
     segments: int32 [B, S], which of E packed examples a token belongs to. None: one example a row.

@@ -2,7 +2,7 @@
 
 Files under `configs/` return an `ml_collections.ConfigDict` made from these classes, so that
 `--config.optimizer.learning_rate=1e-4` works on the command line and a key that does not exist is an error.
-Where the paper fixes a value its place is named; where it leaves one open the default says "our choice".
+Where the paper fixes a value its place is named; all other values are our choice.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ class ProbeConfig:
 
   per_sequence: int = 4  # 0 switches probes off (the paper's recipe).
   min_window: int = 3  # Response tokens a window must hold to be given a label.
-  # Weight of a window labelled benign beside a malicious one's 1. Windows are looked at after a benign initial verdict:
-  # above 1, one that tells nothing counts as benign.
+  # Weight of a window labelled benign that is seen without the query, beside all others' 1. Windows are looked at after
+  # a benign initial verdict: above 1, one that tells nothing counts as benign.
   benign_weight: float = 1.0
 
 
@@ -286,7 +286,8 @@ class LossConfig:
   """
 
   cls_weight: float = 0.1
-  # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory (none with LoRA).
+  # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory. With LoRA there is
+  # none: the base is that without any pairs, also where `lora.start` gives some.
   kl_weight: float = 0.0
   # Tokens an example, of its query and of a benign response, drawn anew each epoch, at which the two are compared.
   kl_positions: int = 8
@@ -314,7 +315,7 @@ class TrainConfig:
   max_steps: int = 0  # 0: as many as the epochs hold.
   eval_every: int = 50  # Steps; 0: at the end only.
   save_every: int = 50  # Steps; the last step is saved always.
-  keep_last: int = 2  # Checkpoints, beside the best by validation.
+  keep_last: int = 2  # Checkpoints, beside the best by validation of those saved at a step that was validated.
   data: DataConfig = DataConfig()
   probes: ProbeConfig = ProbeConfig()
   rollouts: RolloutConfig = RolloutConfig()

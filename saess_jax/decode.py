@@ -142,7 +142,7 @@ def pad_prompts(
 
   Raises:
     ValueError: no rows, as many prefixes as rows not given, a row longer than `length`, or a row without just one CLS
-      in one of its places (`masks.cls_slot`).
+      in one of its places (`masks.cls_slot`), or with RESPONSE tokens: what a response begins with is a prefix.
   """
   if not rows:
     raise ValueError("No prompts were given; expected at least one.")
@@ -157,6 +157,9 @@ def pad_prompts(
         f"The longest prompt has {longest} tokens and the longest prefix {longest_prefix}; they must fit into "
         f"{length} and {prefix_length}. Shorten them or raise the sizes.")
   for i, (_, kinds) in enumerate(rows):
+    if np.any(np.asarray(kinds) == TokenKind.RESPONSE):
+      raise ValueError(
+          f"Prompt {i} holds RESPONSE tokens; give the tokens that its response begins with as `prefixes`.")
     is_cls = np.asarray(kinds) == TokenKind.CLS
     if np.sum(is_cls) != 1:
       raise ValueError(f"Prompt {i} holds {np.sum(is_cls)} CLS tokens; expected one.")
@@ -216,8 +219,8 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
   """What only the values tell and a compiled `decode` cannot: call it on host arrays first, as `Generator` does.
 
   Raises:
-    ValueError: token ids outside the vocabulary, a buffer that is too small for a row's prefix and new tokens, or an
-      empty prompt.
+    ValueError: token ids outside the vocabulary, a buffer that is too small for a row's prefix, its new tokens and what
+      rollback may cut, or an empty prompt.
   """
   tokens, kinds = np.asarray(prompt.tokens), np.asarray(prompt.kinds)
   text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
@@ -231,13 +234,15 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
           f"Token id {wrong[0]} in {name} is outside the vocabulary of {vocab_size}; is this the model's "
           "own tokenizer?")
   for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
-    needed = int(prefix) + int(config.max_new_tokens)
+    cut = 0 if config.safety is None or not config.safety.rollback else int(config.safety.tau)
+    needed = int(prefix) + int(config.max_new_tokens) + cut
     if not np.any(kinds[row] == TokenKind.QUERY):
       raise ValueError(f"Prompt {row} is empty: it holds no QUERY token. Give it text.")
     if needed > config.buffer:
       raise ValueError(
-          f"Row {row} has a response prefix of {prefix} tokens and {int(config.max_new_tokens)} new ones to come, but "
-          f"the buffer holds {config.buffer}; make it larger, or ask for fewer.")
+          f"Row {row} has a response prefix of {prefix} tokens and {int(config.max_new_tokens)} new ones to come"
+          f"{f', and rollback may cut {cut}' * bool(cut)}, but the buffer holds {config.buffer}; make it larger, or "
+          "ask for fewer.")
 
 
 def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> DecodeResult:
@@ -249,7 +254,7 @@ def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config:
   Args:
     model: layers in either form; unrolled (`scan_layers=False`) is the faster one on CPU.
     params: of that form.
-    rng: one PRNG key (row i draws from `fold_in(rng, i)`), or [B] keys.
+    rng: one key of `jax.random.key` (row i draws from `fold_in(rng, i)`), or [B] of them.
     config: see there.
   """
   state = start(model, params, prompt, rng, config)
@@ -262,7 +267,7 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   Raises:
     ValueError: prompt and buffer exceed the model's sliding window.
   """
-  prompt, config = jax.tree.map(jnp.asarray, (prompt, config))  # Host arrays cannot be indexed by traced ones.
+  prompt, config = _as_read(prompt, config)
   batch, length = prompt.tokens.shape
   window = model.config.sliding_window
   if window is not None and length + config.buffer > window:
@@ -270,9 +275,8 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
         f"A prompt of {length} slots with a buffer of {config.buffer} exceeds the sliding window of {window}, in which "
         "[CLS] would be lost; shorten them, or set sliding_window to None.")
   cache = init_cache(model.config, batch, length + config.buffer)
-  # Without safety nobody may see [CLS], wherever it is stored: pretraining's mask says just that.
-  how = {"mask": masks.attention_mask(prompt.kinds, "pretrain")} if config.safety is None else {"stage": "sft"}
-  out = model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, cache=cache, **how)
+  stage = "pretrain" if config.safety is None else "sft"
+  out = model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, cache=cache, stage=stage)
   if config.safety is None:
     initial = jnp.full(batch, jnp.nan)
     verdicts = policy.start(initial, SafetyConfig(dependency="low"))
@@ -304,10 +308,22 @@ def advance(
   Args:
     until: int32 scalar, may be traced.
   """
-  prompt, config = jax.tree.map(jnp.asarray, (prompt, config))
+  prompt, config = _as_read(prompt, config)
   keys, until = _keys(rng, prompt), jnp.minimum(until, config.buffer)
   running = lambda s: (s.step < until) & ~jnp.all(s.done)
   return jax.lax.while_loop(running, lambda s: step(model, params, prompt, keys, config, s), state)
+
+
+def _as_read(prompt: Prompt, config: DecodeConfig) -> tuple[Prompt, DecodeConfig]:
+  """On the device, for host arrays cannot be indexed by traced ones. Without safety nobody may see [CLS]: it comes
+  last, where causal order hides it.
+  """
+  prompt, config = jax.tree.map(jnp.asarray, (prompt, config))
+  if config.safety is None:
+    order = masks.cls_last(prompt.kinds)
+    tokens, kinds = (jnp.take_along_axis(x, order, axis=1) for x in (prompt.tokens, prompt.kinds))
+    prompt = prompt.replace(tokens=tokens, kinds=kinds)
+  return prompt, config
 
 
 def finish(state: LoopState) -> DecodeResult:
@@ -322,6 +338,8 @@ def finish(state: LoopState) -> DecodeResult:
 
 def _keys(rng: jax.Array, prompt: Prompt) -> jax.Array:
   """[B] keys: a row's own, so that its tokens do not depend on its neighbours."""
+  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    raise ValueError(f"rng is an array of {rng.dtype} {rng.shape}; expected keys, as jax.random.key gives them.")
   rows = jnp.arange(prompt.tokens.shape[0])
   return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(rows)
 

@@ -44,7 +44,7 @@ def evaluate(
 
   Raises:
     ValueError: an unknown attack, judge, model or suite, no rows, a prompt that does not fit the model's context with
-      its response, an attack that asks the [CLS] of a rival, or a `workdir` that holds something else or
+      its response, an attack that asks a [CLS] that was not trained, or a `workdir` that holds something else or
       that another process is at work in.
     FileNotFoundError: no such checkpoint or file.
   """
@@ -61,7 +61,7 @@ def evaluate(
   asking = [name for name, attack in attacks.items() if attack.asks_cls and not models.has_cls]
   if asking:
     raise ValueError(
-        f"{config.checkpoint} is a rival's run and has no [CLS] that {', '.join(asking)} could ask; leave it out of "
+        f"{config.checkpoint} has no trained [CLS] that {', '.join(asking)} could ask; leave it out of "
         "--config.attacks, or craft it on an SA-ESS run and give its file (file:PATH).")
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}

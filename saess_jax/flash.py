@@ -199,6 +199,10 @@ def _join(x):
 def _splash(q, k, v, window, segments):
   size, heads = q.shape[1], q.shape[2]
   mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+    raise ValueError(
+        f"The mesh has the axes {mesh.axis_names}; expected data, fsdp and tensor among them, as `sharding.make_mesh` "
+        "names them.")
   tensor = 1 if mesh.empty else mesh.shape["tensor"]
   if tensor > 1 and k.shape[2] % tensor:  # Each device then needs a kv head for each of its query heads.
     k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))

@@ -55,10 +55,11 @@ class Response:
     phase: name of `policy.Phase` after each.
     initial_prob: of the query; NaN without safety.
     intervened_at: -1 never, 0 by the initial verdict, t + 1 by the verdict on token t.
-    leaked: tokens from the transition to the intervention.
+    leaked: tokens from the transition S_t to the verdict that confirmed it. The refusal follows that verdict, but for a
+      caller's prefix, which is finished first, and at the last token, behind which there is room for none.
     evaluations: of [CLS], the initial one not counted.
     prefix_tokens: tokens of the caller's prefix.
-    ids: token ids of `text`, with the end-of-turn token behind them if the model ended the response itself.
+    ids: token ids of `text`, with the end-of-turn token behind them if it ended before the limit.
   """
 
   text: str

@@ -50,7 +50,8 @@ class Output:
   Attributes:
     hidden: [B, S, D] after the final norm, in the compute dtype.
     logits: float32 [B, S, V]. A jitted caller that does not read them does not pay for them.
-    cls_logit: float32 [B], log-odds of malicious from the stored CLS; [B, E] of packed rows; None without kinds.
+    cls_logit: float32 [B], log-odds of malicious from the stored CLS; [B, E] of packed rows; None without kinds. A row
+      without CLS gives a number that means nothing.
     probe_logits: float32 [B, P], the same from each probe; None without probes.
     cache: `LayerCache` stacked on L, or a tuple of L of them when layers are unrolled; None without one.
   """
@@ -286,11 +287,11 @@ class Llama(nn.Module):
       raise ValueError(
           f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost and of which no "
           "mask of the caller knows; shorten the sequence, or set sliding_window to None.")
+    if mask is not None and probe_visible is not None:
+      raise ValueError("probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
+    cls_index = jnp.where(is_cls.any(axis=2), jnp.argmax(is_cls, axis=2), size)
     if mask is not None:
-      if probe_visible is not None:
-        raise ValueError(
-            "probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
-      return attention.Sight(mask=mask)
+      return attention.Sight(mask=mask, cls_index=None if kinds is None else cls_index)
     if kinds is None:
       return attention.Sight()
     if stage is None:
@@ -300,7 +301,6 @@ class Llama(nn.Module):
     rows = cls_visible if cls_visible.ndim == 3 else cls_visible[:, None]
     if probe_visible is not None:
       rows = jnp.concatenate([rows, probe_visible], axis=1)
-    cls_index = jnp.where(is_cls.any(axis=2), jnp.argmax(is_cls, axis=2), size)
     return attention.Sight(
         cls_index=cls_index, rows=rows & (kinds != masks.TokenKind.CLS)[:, None], segments=segments)
 

@@ -130,7 +130,10 @@ def update(
 
 
 def replay(initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig) -> Replay:
-  """The decoder's verdict logic run over stored verdicts, to tune thresholds and tau offline from a trace.
+  """The decoder's verdict logic run over stored verdicts, to tune tau and schedules offline from a trace.
+
+  A stored verdict is on the view that the recording run had by its own threshold and dependency, and there is none
+  behind its intervention ("medium") or an alarm's full window ("low"): another threshold's replay is an estimate.
 
   Args:
     initial_prob: float [B], P(malicious) of the query.

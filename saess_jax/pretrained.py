@@ -30,10 +30,12 @@ class Settings(NamedTuple):
   Attributes:
     safety: as `load_for_research` gives it.
     layout: {"header_sees_cls", "system_prompt"}, as training had them.
+    has_cls: [CLS] was trained. False of a rival's run, and of weights without settings: their verdicts mean nothing.
   """
 
   safety: SafetyConfig
   layout: dict[str, Any]
+  has_cls: bool
 
 
 @functools.lru_cache(maxsize=4)
@@ -140,6 +142,8 @@ def settings_of(path: str | pathlib.Path) -> Settings:
     config = runs.read_config(path)
     safety, said = config.safety, {
         "header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
+    if config.objective != "saess":
+      safety = None
   elif str(path).endswith(".safetensors"):
     adapter = adapters.load(path)
     safety, said = adapter.safety, adapter.layout
@@ -150,7 +154,8 @@ def settings_of(path: str | pathlib.Path) -> Settings:
     located = hf.locate(str(path))
     safety, said = (hf.read_safety(located), hf.read_layout(located)) if located.is_dir() else (None, {})
   layout = {"header_sees_cls": True, "system_prompt": ""}
-  return Settings(safety or SafetyConfig(), layout | {name: said[name] for name in layout if name in said})
+  layout |= {name: said[name] for name in layout if name in said}
+  return Settings(safety or SafetyConfig(), layout, safety is not None)
 
 
 def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int = 0) -> adapters.Adapter:

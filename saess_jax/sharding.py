@@ -74,3 +74,20 @@ def unbox(boxed: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are split over data and fsdp, on their first axis."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def one_a_device(mesh: Mesh, value: bool) -> jax.Array:
+  """bool [devices]: on each device of the mesh what its process says."""
+  return jax.make_array_from_process_local_data(
+      NamedSharding(mesh, PartitionSpec(AXES)), np.full(len(mesh.local_devices), value), (mesh.size,))
+
+
+def rows_here(mesh: Mesh, size: int) -> list[int]:
+  """Which rows of a batch of `size` this process's devices hold, ascending. Where the tensor axis goes over several
+  processes these hold the same ones.
+
+  Raises:
+    ValueError: data times fsdp does not divide `size`.
+  """
+  held = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+  return sorted({row for (rows,) in held for row in range(*rows.indices(size))})

@@ -26,7 +26,7 @@ class Models:
 
   Attributes:
     identity: says which weights these are, so that an evaluation is not resumed with others.
-    has_cls: the trained weights come with a [CLS] that can be asked; a rival's do not.
+    has_cls: the trained weights come with a [CLS] that can be asked; a rival's and published ones do not.
     generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
     weights: model -> what a white-box attacker reads.
     safety: what "saess" decodes by.
@@ -47,19 +47,20 @@ def load_models(config: EvalConfig) -> Models:
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
-      "saess" of a rival's run.
+      "saess" of a rival's run or of other weights without a trained [CLS].
   """
   path = config.checkpoint
   if not path:
     raise ValueError("checkpoint is empty; expected a training run, an adapter or other weights (--checkpoint PATH).")
-  settings, layout = pretrained.settings_of(path)
+  settings, layout, has_cls = pretrained.settings_of(path)
+  if "saess" in config.models and not has_cls:
+    plain = "('base','plain')" if runs.is_run(path) else "('base',)"
+    raise ValueError(
+        f"{path} has no trained [CLS], and its verdicts would mean nothing; expected --config.models=\"{plain}\", its "
+        "weights decoded plainly.")
   identity, trained, step = path, None, None
   if runs.is_run(path):
     trained = runs.read_config(path)
-    if trained.objective != "saess" and "saess" in config.models:
-      raise ValueError(
-          f"{path} trained with objective {trained.objective!r} and has no [CLS]; expected --config.models="
-          "\"('base','plain')\", its weights decoded plainly.")
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()
@@ -94,4 +95,4 @@ def load_models(config: EvalConfig) -> Models:
         asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
         batch_size=config.batch_size, seed=config.seed, **layout)
 
-  return Models(identity, trained is None or trained.objective == "saess", generator, weights, safety)
+  return Models(identity, has_cls, generator, weights, safety)

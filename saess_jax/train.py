@@ -48,7 +48,7 @@ class TrainState:
     trainable: {"params": ..., "lora": ...}; with LoRA the pairs and the [CLS] parts, else all params; of either, what
       stands above `frozen_layers`.
     opt_state: of optax, for `trainable` alone.
-    rng: uint32 [2], the run's key.
+    rng: uint32 [2], the run's key, from which the LoRA pairs began; steps draw nothing.
     frozen: {"params": ...}, the rest; not in checkpoints. For a KL term or DPO also "reference": the params that they
       compare with, as far as they are learned.
   """
@@ -117,6 +117,10 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"objective 'dpo' compares refusals with rollouts, at loss.dpo_beta above 0; found rollouts.enabled "
         f"{config.rollouts.enabled} and loss.dpo_beta {config.loss.dpo_beta}.")
+  if config.objective == "dpo" and config.lora.start:
+    raise ValueError(
+        "objective 'dpo' compares with where it began, but under LoRA the reference is the base without its pairs; "
+        "leave lora.start out.")
   if config.stage == "pretrain" and config.probes.per_sequence:
     raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
   if config.stage == "pretrain" and config.loss.kl_weight:
@@ -386,7 +390,6 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     checkpoint.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.
   """
-  process, processes = jax.process_index(), jax.process_count()
   with cluster.together("checking settings, data and weights"):
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
@@ -398,7 +401,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
-      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, as_ours), as_ours, process, processes)
+      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, as_ours), as_ours)
   workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
   rows = cluster.first_then_rest("preparing the data", lambda: {
       split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
@@ -412,18 +415,20 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
   examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
   cut, refusals = pipeline.unfinished(examples)
-  if 2 * cut > refusals and process == 0:
+  if 2 * cut > refusals and jax.process_index() == 0:
     logging.warning(
         "%d of %d refusals are cut before their end, from which the model does not learn to stop; raise "
         "data.max_response (%d) or data.max_length (%d).", cut, refusals, config.data.max_response,
         config.data.max_length)
-  loader = pipeline.make_loader(examples, config, process, processes, config.epochs)
+  here = sharding.rows_here(mesh, config.data.batch_size)
+  loader = pipeline.Loader(pipeline.Batches(examples, config, here, config.epochs))
   steps = min(len(loader), config.max_steps or len(loader))
   held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
-  validation = pipeline.Batches(held_out, config, process, processes) if held_out else ()
+  validation = pipeline.Batches(held_out, config, here) if held_out else ()
 
   model, tx = Llama(training), optimizer(config.optimizer, steps)
-  place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+  place = lambda local: jax.make_array_from_process_local_data(
+      sharding.batch_sharding(mesh), local, (config.data.batch_size, *local.shape[1:]))
   formed = lambda tree: model_lib.stack_layers(tree, training.frozen_layers) if training.scan_layers else tree
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     state, state_shardings = create_state(config, model, formed(base | (start.cls if start else {})), tx, mesh)
@@ -433,26 +438,31 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     del base, start
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
     state = _resume(manager, state, state_shardings, loader)
-    # The wish to stop, a bool a row, is summed up by the step's own program: all processes read it with the metrics.
-    step = lambda state, batch, stop: (*train_step(config, model, tx, state, batch), jnp.any(stop))
-    update = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None, None))
+    # The wish to stop, a bool a device, is summed up by the step's program: all processes read it with the metrics.
+    step = jax.jit(
+        lambda state, batch, wishes: (*train_step(config, model, tx, state, batch), jnp.any(wishes)),
+        donate_argnums=0, out_shardings=(state_shardings, None, None))
+    update = lambda state, batch, stop: step(state, jax.tree.map(place, batch), sharding.one_a_device(mesh, stop))
     validate = jax.jit(functools.partial(eval_step, config, model))
     run_validation = lambda state: _evaluate(
         validate, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
-    return _loop(config, workdir, manager, loader, steps, state, update, run_validation, place)
+    return _loop(config, workdir, manager, loader, steps, state, update, run_validation)
 
 
 def _read_start(config: TrainConfig, shape: model_lib.ModelConfig, base: Any) -> adapters.Adapter:
   """The adapter that the run goes on from. Raises ValueError for one that does not fit it."""
   start = adapters.load(config.lora.start)
   adapters.check_base(shape, base, start)
-  found = {(path[-2], leaf.shape[-1]) for path, leaf in flax.traverse_util.flatten_dict(start.lora).items()
+  found = {(path[0], path[-2], leaf.shape[-1]) for path, leaf in flax.traverse_util.flatten_dict(start.lora).items()
            if path[-1] == "a"}
-  wanted = {(name, config.lora.rank) for name in config.lora.projections}
+  layers = [f"layers_{i}" for i in range(shape.num_layers)]
+  wanted = {(layer, name, config.lora.rank) for layer in layers for name in config.lora.projections}
   if found != wanted or config.frozen_layers:
+    of = lambda pairs: ", ".join(f"{name} of rank {rank}" for name, rank in sorted({pair[1:] for pair in pairs}))
     raise ValueError(
-        f"{config.lora.start} has pairs {sorted(found)} in all layers; lora.projections and lora.rank say "
-        f"{sorted(wanted)}, and frozen_layers is {config.frozen_layers}. Set them to the adapter's, and that to 0.")
+        f"{config.lora.start} has pairs of {of(found)} in {len({pair[0] for pair in found})} layers; lora.projections "
+        f"and lora.rank say {of(wanted)}, in all {shape.num_layers}, and frozen_layers is {config.frozen_layers}. Set "
+        "them to the adapter's, and that to 0; an adapter that leaves layers out cannot be gone on from.")
   return start
 
 
@@ -493,8 +503,8 @@ def _resume(
 
 def _loop(
     config: TrainConfig, workdir: pathlib.Path, manager: checkpoint.Checkpoints, loader: pipeline.Loader, steps: int,
-    state: TrainState, update: Callable[..., Any], run_validation: Callable[[TrainState], dict[str, float]],
-    place: Callable[[np.ndarray], jax.Array]) -> dict[str, float]:
+    state: TrainState, update: Callable[..., Any], run_validation: Callable[[TrainState], dict[str, float]]
+) -> dict[str, float]:
   """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
 
   SIGTERM or Ctrl-C on any process is in the next step's batch; the run stops after the step in whose metrics it is
@@ -502,8 +512,7 @@ def _loop(
 
   Args:
     steps: where the run ends.
-    update: (state, batch, stop) -> (state, metrics, whether any process wishes to stop).
-    place: a process's rows -> the array over all of them.
+    update: (state, this process's rows of a batch, whether it wishes to stop) -> (state, metrics, whether any does).
 
   Returns:
     What was validated last; {} if nothing was.
@@ -545,9 +554,9 @@ def _loop(
     with tqdm.tqdm(total=steps, initial=start, desc="train", unit="step", disable=not first) as bar:
       for step in range(start + 1, steps + 1):
         batch = next(loader)
-        tokens += int(np.count_nonzero(batch["kinds"])) * jax.process_count()
-        wish = np.full(len(batch["label"]), bool(asked))
-        state, metrics, wished = update(state, jax.tree.map(place, batch), place(wish))
+        kinds = batch["kinds"]
+        tokens += np.count_nonzero(kinds) * config.data.batch_size // len(kinds)  # As if all rows were like these.
+        state, metrics, wished = update(state, batch, bool(asked))
         if pending is not None:
           seen, stop = read(pending)
           right = {name.removesuffix("_accuracy"): f"{value:.2f}" for name, value in seen.items()
@@ -562,7 +571,7 @@ def _loop(
         if evaluate or step % config.save_every == 0:
           stop = read(pending)[1] or stop  # Nothing that is not finite is ever saved.
           pending, last = None, last or stop
-        if evaluate and not stop:
+        if evaluate and (not stop or step == steps):
           measured = validated = run_validation(state)
           if writer:
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))

@@ -20,6 +20,7 @@ from saess_jax.config import (
   LossConfig,
   MeshConfig,
   OptimizerConfig,
+  ProbeConfig,
   RolloutConfig,
   SafetyConfig,
 )
@@ -220,12 +221,17 @@ def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
   found, start = pretrained.read_adapter(tmp_path / "run"), adapters.load(trained / "mine.safetensors")
   for name, leaf in {**flat(start.lora), **flat(start.cls)}.items():
     np.testing.assert_array_equal({**flat(found.lora), **flat(found.cls)}[name], leaf, err_msg=name)
+  upper = dataclasses.replace(start, lora={name: pairs for name, pairs in start.lora.items() if name != "layers_0"})
+  adapters.save(tmp_path / "upper.safetensors", upper)
   # The KL term looks at the base and not at where the run begins.
   assert scalars(tmp_path / "run")["train/kl_loss", 1] > 1e-6
   for change, message in (
-      ({"lora": dataclasses.replace(run.lora, rank=3)}, r"has pairs .*'q', 2.* say .*'q', 3"),
-      ({"lora": dataclasses.replace(run.lora, projections=("q",))}, r"lora.rank say \[\('q', 2\)\]"),
+      ({"lora": dataclasses.replace(run.lora, rank=3)}, r"pairs of .*q of rank 2.* in 2 layers.* say .*q of rank 3"),
+      ({"lora": dataclasses.replace(run.lora, projections=("q",))}, r"lora.rank say q of rank 2, in all 2, and"),
       ({"frozen_layers": 1}, "and frozen_layers is 1"),
+      ({"lora": dataclasses.replace(run.lora, start=str(tmp_path / "upper.safetensors"))}, "in 1 layers; .* in all 2"),
+      ({"objective": "dpo", "probes": ProbeConfig(per_sequence=0), "loss": LossConfig(), "rollouts": RolloutConfig()},
+       "the reference is the base without its pairs; leave lora.start out"),
       ({"model_overrides": {"rope_theta": 5.0}, "weights": str(trained / "other")}, "other")):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       train.train_and_evaluate(dataclasses.replace(run, **change), tmp_path / "other")

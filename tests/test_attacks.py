@@ -76,8 +76,8 @@ def test_the_number_of_attempts():
 
 
 @pytest.mark.parametrize("name", [
-    "", "prefil_5", "prefill", "prefill_", "prefill_0", "prefill_-5", "prefill_5x", "direct_5", "file:", "file:PATH_5x",
-    "sampling_N"])
+    "", "prefil_5", "prefill", "prefill_", "prefill_0", "prefill_-5", "prefill_5x", "prefill_5x6", "gcg_5x", "gcg_5x0",
+    "direct_5", "file:", "file:PATH_5x", "sampling_N"])
 def test_an_unknown_name_is_told_the_known_ones(name):
   with pytest.raises((ValueError, OSError), match="attack is .*direct, prefill_N, prefill_own_N|PATH_5x does not"):
     make_attack(name)
@@ -263,6 +263,9 @@ def test_writings_are_other_characters():
   assert alone("homoglyphs", "space N") == "\u0455\u0440\u0430\u0441\u0435 \u039d"
   assert alone("homoglyphs", "fgk") == "fgk" and alone("zero_width", "a bc") == "a b\u200bc"
   assert alone("rot13", "safe") == "fnsr"
+  said = lambda name, text: [attempt.variant for attempt in attempts(name, [text])[0]]
+  assert said("rot13", "保险箱") == ["announced, unchanged", "alone, unchanged"]
+  assert said("rot13", "safe") == said("base64", "保险箱") == ["announced", "alone"]
 
 
 def test_the_words_that_alarm_most_are_disguised():

@@ -118,6 +118,18 @@ def test_four_processes_train_as_one(alone, four):
 
 
 @pytest.mark.slow
+def test_processes_that_share_rows_train_as_one(alone, data, tmp_path):
+  """The tensor axis goes over both: each reads all rows."""
+  config = config_of(data, mesh=MeshConfig(1, 1, 2))
+  codes, output = finish(launch(config, tmp_path / "run", 2), tmp_path / "run")
+  assert codes == [0, 0], "\n\n".join(text[-2000:] for text in output)
+  expected, found = losses(alone), losses(tmp_path / "run")
+  assert found.keys() == expected.keys()
+  for key, value in expected.items():
+    assert found[key] == pytest.approx(value, abs=TOLERANCE), key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, MeshConfig(1, 2, 1), MeshConfig(2, 2, 2)])
 def test_what_four_processes_saved_is_restored_by_fewer_and_more_devices(data, four, tmp_path, mesh, monkeypatch):
   """Bit by bit: the checkpoint holds a checksum of every array, which is compared with what was restored."""
@@ -250,6 +262,25 @@ def test_the_first_process_goes_first():
   assert codes == [0, 0], output
   (_, ended), (began, _) = (map(float, text.splitlines()[-1].split()) for text in output)
   assert began >= ended
+
+
+@pytest.mark.parametrize("sizes, rows", [
+    ((1, 1, 2), [[0, 1, 2, 3, 4, 5, 6, 7]] * 2), ((1, 2, 1), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ((1, 2, 2), [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2)])
+def test_each_process_reads_the_rows_that_its_devices_hold(sizes, rows):
+  code = (
+      "import numpy as np\n"
+      "from saess_jax import config, sharding\n"
+      f"mesh = sharding.make_mesh(config.MeshConfig(*{sizes}))\n"
+      "rows = sharding.rows_here(mesh, 8)\n"
+      "batch = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), np.float32(rows), (8,))\n"
+      "one = jax.jit(lambda x, wishes: ((x * 2.0 ** jax.numpy.arange(8)).sum(), wishes.any()))\n"
+      "wishes = sharding.one_a_device(mesh, jax.process_index() == jax.process_count() - 1)\n"
+      "print(rows, *map(float, one(batch, wishes)))\n")
+  codes, output = script(code, by_hand(len(rows), 47820 + sum(sizes)))
+  assert codes == [0] * len(rows), output
+  total = sum(i * 2.0 ** i for i in range(8))  # In this order, and the same everywhere.
+  assert [text.splitlines()[-1] for text in output] == [f"{mine} {total} 1.0" for mine in rows]
 
 
 @pytest.mark.parametrize("env", [

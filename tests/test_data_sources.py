@@ -53,7 +53,7 @@ def test_alpaca_input_belongs_to_the_prompt(tmp_path):
 
 
 ATTACKS = (
-    "Goal,prompt,response,label\nOpen it,Please open it,Sure,\n open IT ,Open it now,No,\nBake,I say: bake,,benign\n")
+    "Goal,prompt,response,label\nOpen it,Please open it,Sure,1\n open IT ,Open it now,No,1\nBake,I say: bake,,benign\n")
 
 
 def test_what_attacks_ask_for_is_a_suite(tmp_path):
@@ -75,19 +75,27 @@ def test_an_artifact_is_a_suite_of_its_goals(tmp_path):
 
 
 @pytest.mark.parametrize("columns, prompts", [
-    ("id,prompt,type,label,focus,note", ["b", "B"]),  # XSTest's
-    ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID", ["a", "A"]),  # HarmBench's
-    ("goal,target,a,label,b,c", ["a", "A"]), ("goal,prompt,a,label,b,c", ["a"]),
-    ("prompt,BEHAVIOR,a,label,b,c", ["b"])])
+    ("id,prompt,type,label,focus,note", ["b", "w"]),  # XSTest's
+    ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID",  # HarmBench's
+     ["e\n\n---\n\na", "f\n\n---\n\nA"]),
+    ("Behavior,FunctionalCategory,SemanticCategory,Tags,Text,BehaviorID", ["a"]),  # Each request once.
+    ("goal,prompt,a,label,b,c", ["a"]), ("prompt,BEHAVIOR,a,label,b,c", ["b", "w"])])
 def test_columns_of_a_suite(tmp_path, columns, prompts):
-  path = write(tmp_path / "a.csv", f"{columns}\na,b,c,safe,e,f\nA,B,c,safe,e,f\n")
+  path = write(tmp_path / "a.csv", f"{columns}\na,b,c,safe,e,f\nA,w,c,safe,f,f\n")
   rows = sources.read_requests(path, "malicious")
   assert [row.prompt for row in rows] == prompts and {row.label for row in rows} == {int("label" not in columns)}
 
 
 def test_rows_that_name_no_request_are_asked_as_they_stand(tmp_path):
-  path = write(tmp_path / "a.jsonl", '{"prompt": "p", "goal": ""}\n{"prompt": "p"}\n{"prompt": "q", "behavior": "b"}\n')
-  assert [row.prompt for row in sources.read_requests(path, 1)] == ["p", "p", "b"]
+  path = write(tmp_path / "a.jsonl", '{"prompt": "p", "goal": ""}\n{"prompt": "r"}\n{"prompt": "q", "behavior": "b"}\n')
+  assert [row.prompt for row in sources.read_requests(path, 1)] == ["p", "r", "b"]
+
+
+def test_a_request_is_asked_once_under_each_label(tmp_path):
+  path = write(tmp_path / "a.csv", "prompt,label\nHow a,1\nhow A ,1\nHow b,1\nHow a,0\n")
+  assert [(row.prompt, row.label) for row in sources.read_requests(path, 1)] == [
+      ("How a", 1), ("How b", 1), ("How a", 0)]
+  assert len(sources.read_rows(path)) == 4  # Training reads what stands there.
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -99,6 +107,13 @@ def test_rows_that_name_no_request_are_asked_as_they_stand(tmp_path):
 def test_bad_files_of_attacks(tmp_path, name, text, message):
   with pytest.raises(ValueError, match=message):
     sources.read_requests(write(tmp_path / name, text), "malicious")
+
+
+def test_where_some_rows_have_a_label_all_must(tmp_path):
+  path = write(tmp_path / "a.csv", "prompt,label\nHow a,benign\nHow b,\n")
+  for read in (sources.read_rows, sources.read_requests):
+    with pytest.raises(ValueError, match=r"a.csv:3: no label. Fill a column label .* in every row"):
+      read(path, "malicious")
 
 
 @pytest.mark.parametrize("word, label", [
@@ -126,6 +141,8 @@ def test_json_numbers_and_byte_order_mark(tmp_path):
     ("a.csv", "prompt,label\np,evil\n", r"a.csv:2: label is 'evil'; expected one of benign, safe"),
     ("a.csv", "prompt,label\np,\n", r"a.csv:2: no label.*default_label"),
     ("a.csv", "prompt\np\n", r"a.csv:2: no label"),
+    ("a.jsonl", '{"prompt": "so \\ud83d", "label": 1}', r"a.jsonl:1: prompt is 'so .ud83d'; expected text"),
+    ("a.jsonl", '{"prompt": "p", "label": 1, "response": "\\ud83d"}', r"a.jsonl:1: the response is '.ud83d'"),
     ("a.jsonl", '{"prompt": "p", "label": 1}\n{"prompt": \n', r"a.jsonl:2: malformed JSON"),
     ("a.jsonl", '["p"]\n', r"a.jsonl:1: a JSON list; expected one object a line"),
     ("a.jsonl", '{"prompt": 3, "label": 1}\n', r"a.jsonl:1: prompt is 3; expected text"),

@@ -307,6 +307,18 @@ def test_where_cls_is_stored_is_nothing_to_who_never_sees_it(tiny_params):
   assert said[0] == said[1]
 
 
+def test_no_mask_of_the_square_of_the_prompt_is_made_with_or_without_safety():
+  llama = model.Llama(config.model_config("tiny", scan_layers=False, max_seq_len=8192, attention="chunked"))
+  params = nn.unbox(jax.eval_shape(llama.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+  def temporary(size, safety):
+    prompt = decode.pad_prompts([(np.ones(size - 2, np.int32), np.asarray([3] * (size - 5) + [1, 4, 4]))], length=size)
+    run = jax.jit(functools.partial(decode.start, llama))
+    how = decode.decode_config(Words(), safety, max_new_tokens=8)
+    return run.lower(params, prompt, jax.random.key(0), how).compile().memory_analysis().temp_size_in_bytes
+  for safety in (None, SafetyConfig()):
+    assert temporary(8192, safety) < 4.2 * temporary(2048, safety)
+
+
 def test_vmap_over_settings(tiny_params):
   """Thresholds and tau as axes: the same as one after the other."""
   how = decode.decode_config(Words(), SafetyConfig(), SAMPLING, 16, buffer=32)
@@ -364,6 +376,9 @@ def test_what_only_values_tell_is_checked_before_decoding():
   refused_by_check("id 700 in response prefixes is outside", prefixes=[[700], [], []])
   short = [(np.asarray([3, 4, 0]), np.asarray([2, 3, 1]))]
   refused_by_check("id 14 in the refusal is outside", vocab_size=14, rows=short)
+  rollback = decode.decode_config(Words(), SafetyConfig(rollback=True), max_new_tokens=30, buffer=32)
+  with pytest.raises(ValueError, match="30 new ones to come, and rollback may cut 3, but the buffer holds 32"):
+    decode.check(512, decode.pad_prompts(ROWS), rollback)
   refused_by_check("Prompt 0 is empty", rows=[(np.asarray([3, 0, 9]), np.asarray([2, 1, 4]))])
 
 
@@ -377,6 +392,8 @@ def test_what_only_values_tell_is_checked_before_decoding():
     (lambda: decode.pad_prompts(ROWS, [[1]]), "1 response prefixes were given for 3 prompts"),
     (lambda: decode.pad_prompts(ROWS, length=8), "longest prompt has 9 tokens"),
     (lambda: decode.pad_prompts([(np.ones(3), np.full(3, TokenKind.QUERY))]), "0 CLS tokens"),
+    (lambda: decode.pad_prompts([(np.ones(3), np.asarray([3, 1, 5]))]), "0 holds RESPONSE tokens; give .* `prefixes`"),
+    (lambda: decode._keys(jax.random.PRNGKey(0), decode.pad_prompts(ROWS)), r"array of uint32 \(2,\); expected keys"),
     (lambda: decode.decode_config(Words(), max_new_tokens=0), "max_new_tokens is 0"),
     (lambda: decode.decode_config(Words(), max_new_tokens=64, buffer=32), "expected 1 to the buffer of 32"),
     (lambda: decode.decode_config(Words(), SafetyConfig(refusal_prefix="")), "has no tokens"),

@@ -16,6 +16,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import attacks, evaluation, staging, subjects
@@ -136,10 +137,14 @@ def test_metrics(config, tmp_path):
   assert figures["over_refusal_by_source"]["saess"]["prompts.csv"]["n"] == 2
   assert {m: r["count"] for m, r in figures["caught_initially"].items()} == {"saess": 3}
   assert figures["alarmed_initially"]["saess"]["count"] == 1
+  assert {m: (r["count"], r["n"]) for m, r in figures["benign_stopped"].items()} == {"saess": (1, 2)}
+  assert "benign, refusal put in" in table(metrics)
   assert figures["by_category"]["saess"]["prefill_20"]["acts"]["count"] == 2
   assert figures["by_judge"]["prefix"]["saess"]["prefill_20"]["count"] == 3
   conduct = figures["attacks"]["saess"]["prefill_5"]
   assert conduct["empty"] == 1 and conduct["leaked_mean"] == conduct["leaked_max"] == 3  # Of the three stopped.
+  assert conduct["written_mean"] == conduct["written_max"] == 4  # All of them its own here: leaked ones, and before.
+  assert figures["attacks"]["saess"]["direct"]["written_mean"] is None  # The first verdict stopped these.
   assert figures["attacks"]["saess"]["prefill_20"]["leaked_mean"] is None  # None of four was.
   assert figures["attacks"]["base"]["prefill_5"]["leaked_max"] is None
   assert conduct["first_verdict"] == pytest.approx(
@@ -294,9 +299,9 @@ def test_two_evaluations_side_by_side(config, tmp_path, capsys):
   evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
   said = capsys.readouterr().out.splitlines()
   assert said[-1] == "A and B differ in models (['base', 'saess'], ['saess']), max_new_tokens (48, 9)."
-  lines = [line.split()[-6:] for line in said if "saess" in line]
-  assert ["(malicious)", "0%", "25%", "0", "1", "1.000"] in lines
-  assert ["(benign)", "50%", "0%", "1", "0", "1.000"] in lines
+  lines = [line.split()[-7:] for line in said if "saess" in line]
+  assert ["(malicious)", "4", "0%", "25%", "0", "1", "1.000"] in lines
+  assert ["(benign)", "2", "50%", "0%", "1", "0", "1.000"] in lines
   with pytest.raises(ValueError, match="share no suite, model, attack and behavior"):
     compare(read_results(tmp_path / "a"), [], "rules")
 
@@ -390,8 +395,9 @@ def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   assert figures["attack_success_rate"]["saess"]["direct"]["n"] == 4
   assert figures["over_refusal"]["saess"]["n"] == 0  # It speaks of refusals, and said nothing of these.
   assert "Of 2 responses to malicious prompts the judge said nothing" in table(metrics)
-  lines = [line.split()[-6:] for line in compare(rows, rows, "rules").splitlines()]
-  assert not any("(benign)" in line for line in lines) and ["(malicious)", "100%", "100%", "0", "0", "1.000"] in lines
+  lines = [line.split()[-7:] for line in compare(rows, rows, "rules").splitlines()]
+  assert not any("(benign)" in line for line in lines)
+  assert ["(malicious)", "2", "100%", "100%", "0", "0", "1.000"] in lines
   for row in rows:  # Of base, asked directly, nothing at all.
     row["judgements"]["rules"] |= {"jailbroken": None} if row["model"] == "base" and row["method"] == "direct" else {}
   metrics = metrics_of(rows, plain)
@@ -758,10 +764,18 @@ def test_an_attack_cannot_ask_cls_of_a_run_without_one(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(TrainConfig(objective="sft"))))
   (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   config = EvalConfig(checkpoint=str(tmp_path), models=("base", "plain"), attacks=("direct", "homoglyphs_3"))
-  with pytest.raises(ValueError, match="no .CLS. that homoglyphs_3 could ask; leave it out"):
+  with pytest.raises(ValueError, match="no trained .CLS. that homoglyphs_3 could ask; leave it out"):
     evaluate(config, tmp_path / "out")
   assert not (tmp_path / "out").exists()
   assert not subjects.load_models(config).has_cls
+
+
+def test_weights_whose_cls_was_never_trained_are_not_asked_by_it(tmp_path):
+  folder = str(write_with_tokenizer(tmp_path / "published", tiny_tokenizer(), context=256))
+  with pytest.raises(ValueError, match=r"published has no trained .CLS.*expected --config.models=.\('base',\)"):
+    evaluate(EvalConfig(checkpoint=folder), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+  assert not subjects.load_models(EvalConfig(checkpoint=folder, models=("base",))).has_cls
 
 
 # ---- With a model

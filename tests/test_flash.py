@@ -71,6 +71,13 @@ def test_on_a_mesh_as_on_one_device(kernel, heads, kv_heads):
   assert_near(jax.device_get(ours), values_and_gradients(lambda q, k, v: dense(q, k, v, None, None), **how), 1e-4)
 
 
+def test_a_mesh_with_other_axes_is_refused():
+  x = jnp.zeros((1, 128, 2, 128))
+  with jax.set_mesh(jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("x",))):
+    with pytest.raises(ValueError, match=r"mesh has the axes \('x',\); expected data, fsdp and tensor among them"):
+      flash.causal_attention(x, x, x, "splash")
+
+
 def test_bfloat16_sums_in_float32():
   attend = lambda kernel: lambda q, k, v: flash.causal_attention(q, k, v, kernel)
   narrow = values_and_gradients(attend("chunked"), 40, dtype=jnp.bfloat16)

@@ -173,6 +173,16 @@ def test_steps_on_a_cache_equal_one_pass(tiny_params, scan):
     np.testing.assert_allclose(out.logits[:, 0], whole[:, i], atol=1e-5)
 
 
+def test_a_prompt_read_by_its_mask_leaves_cls_in_the_cache_too(tiny_params):
+  mask = masks.attention_mask(SFT_KINDS, "sft")
+  by_mask, fast = (
+      apply(tiny_params, kinds=SFT_KINDS, cache=model.init_cache(TINY, 2, 12), **how).cache
+      for how in ({"mask": mask}, {"stage": "sft"}))
+  for ours, theirs in zip(by_mask, fast):
+    np.testing.assert_allclose(ours.k[..., 0], theirs.k[..., 0], atol=1e-5)
+    assert jnp.abs(ours.k[..., 0]).max() > 0.1
+
+
 def test_bfloat16_compute_keeps_float32_logits_and_stays_near(tiny_params):
   low = apply(tiny_params, TINY.replace(dtype="bfloat16"), kinds=SFT_KINDS, stage="sft")
   high = apply(tiny_params, kinds=SFT_KINDS, stage="sft")

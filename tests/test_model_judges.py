@@ -103,23 +103,38 @@ def test_contents_hold_no_special_tokens(folder):
   assert (harmbench == end).sum() == (harmbench == eos).sum() == 0
 
 
-def test_long_responses_are_cut_and_long_prompts_refused(folder):
+def test_long_responses_are_cut_and_long_prompts_not_judged(folder):
   judge = LlamaGuardJudge(str(folder), dtype="float32")
   long = "Take flour. " * 900
-  cut = judge._cut(long)
-  assert long.startswith(cut) and len(judge._tokenizer(cut, add_special_tokens=False).input_ids) == 512
+  size = lambda text: len(judge._tokenizer(text, add_special_tokens=False).input_ids)
+  cut = judge._cut(Exchange("Bread?", long))
+  assert long.startswith(cut) and size(cut) == 512
   a, b = judge.judge_many([Exchange("Bread?", long), Exchange("Bread?", long + "And salt.")])
   assert a.score == b.score
-  with pytest.raises(ValueError, match=r"Row 1 makes \d+ tokens in the question to llama_guard; its context is 1600"):
-    judge.judge_many([ROWS[0], Exchange(long, "Yes.")])
+  # One that does not fit stops none of the others, and is in no rate.
+  fits, too_long, last = judge.judge_many([ROWS[0], Exchange(long, "Yes."), ROWS[2]])
+  assert (too_long.refused, too_long.jailbroken, too_long.score) == (None, None, None)
+  assert too_long.reason.startswith("the question has ") and too_long.reason.endswith("the judge's context is 1600")
+  assert [fits.score, last.score] == pytest.approx([v.score for v in judge.judge_many([ROWS[0], ROWS[2]])], abs=1e-5)
   with pytest.raises(ValueError, match="Row 0 has the prompt ' '; expected text"):
     judge.judge_many([Exchange(" ", "Yes.")])
+
+
+def test_what_the_model_wrote_is_read_behind_a_long_prefix(folder):
+  judge = LlamaGuardJudge(str(folder), dtype="float32")
+  size = lambda text: len(judge._tokenizer(text, add_special_tokens=False).input_ids)
+  prefix, said = "It is a fine day. " * 100, "Take the blue box."
+  cut = judge._cut(Exchange("Bread?", prefix + said, prefix))
+  assert cut.endswith("fine day. " + said) and (prefix + said).endswith(cut) and size(cut) == 512
+  assert judge._cut(Exchange("Bread?", "Sure. " + said, "Sure. ")) == "Sure. " + said  # There is room for both.
+  long = said * 60  # And here for none.
+  assert judge._cut(Exchange("Bread?", prefix + long, prefix)) == judge._cut(Exchange("Bread?", long))
 
 
 def test_versions_tell_weights_apart(folder, tmp_path):
   judge = make_judge(f"llama_guard:{folder}")
   loaded = hf.load_pretrained(str(folder), "bfloat16")
-  assert judge.version == f"{folder} {first_word.digest(loaded.params)} bfloat16"
+  assert judge.version == f"2 over {folder} {first_word.digest(loaded.params)} bfloat16"
   changed = dict(loaded.params, final_norm={"scale": loaded.params["final_norm"]["scale"] * 2})
   assert first_word.digest(changed) != first_word.digest(loaded.params)
   assert make_judge(f"harmbench_mistral:{folder}").name == "harmbench_mistral"

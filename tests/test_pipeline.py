@@ -399,12 +399,12 @@ loaders = st.fixed_dictionaries({
 })
 
 
-def make(lengths, batch_size, seed, epochs, process_index=0, process_count=1, **data):
+def make(lengths, batch_size, seed, epochs, rows=None, **data):
   config = TrainConfig(
       seed=seed, probes=ProbeConfig(per_sequence=3),
       data=DataConfig(**{"batch_size": batch_size, "max_response": 20, "buckets": (8, 16, 24)} | data))
   examples = [example_of(length, tag) for tag, length in enumerate(lengths)]
-  return pipeline.make_loader(examples, config, process_index, process_count, epochs)
+  return pipeline.Loader(pipeline.Batches(examples, config, rows, epochs))
 
 
 def assert_same(left, right):
@@ -483,12 +483,11 @@ def test_packing_fills_rows():
 
 
 @settings(max_examples=15)
-@given(loaders.filter(lambda case: case["batch_size"] % 2 == 0))
-def test_union_of_process_shares_is_the_global_batch(case):
-  shares = [make(**case, process_index=index, process_count=2) for index in range(2)]
-  for whole, *parts in zip(make(**case), *shares, strict=True):
-    assert all(len(part["tokens"]) == case["batch_size"] // 2 for part in parts)
-    assert_same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+@given(loaders, st.data())
+def test_any_rows_are_those_of_the_whole_batch(case, data):
+  rows = data.draw(st.lists(st.integers(0, case["batch_size"] - 1), min_size=1, unique=True).map(sorted))
+  for whole, mine in zip(make(**case), make(**case, rows=rows), strict=True):
+    assert_same({name: values[rows] for name, values in whole.items()}, mine)
 
 
 def test_seed_and_epoch_change_order_and_probes():
@@ -501,22 +500,20 @@ def test_seed_and_epoch_change_order_and_probes():
 
 
 @pytest.mark.parametrize("changes, arguments, message", [
-    ({"batch_size": 6}, {"process_count": 4}, "data.batch_size 6 cannot be divided among 4 processes"),
-    ({}, {"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
     ({"examples_per_row": 0}, {}, r"data.examples_per_row is 0; expected 1 \(no packing\) or more"),
     ({}, {"epochs": 0}, "epochs is 0; expected 1 or more"),
     ({"buckets": (24, 8)}, {}, r"data.buckets is \(24, 8\); expected lengths in ascending order"),
     ({"buckets": (8, 9)}, {}, r"An example has 10 tokens, more than the longest of data.buckets \(8, 9\)"),
 ])
-def test_bad_loaders(changes, arguments, message):
+def test_bad_batches(changes, arguments, message):
   config = TrainConfig(data=dataclasses.replace(CONFIG.data, **changes))
   with pytest.raises(ValueError, match=message):
-    pipeline.make_loader([example_of(10, 0)], config, **arguments)
+    pipeline.Batches([example_of(10, 0)], config, **arguments)
 
 
 def test_no_examples():
   with pytest.raises(ValueError, match="No examples"):
-    pipeline.make_loader([], CONFIG)
+    pipeline.Batches([], CONFIG)
 
 
 # --- probes ---

@@ -1,4 +1,4 @@
-"""Attacks by name; N stands for a number, PATH for a file."""
+"""Attacks by name; N and B stand for numbers, PATH for a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saess_jax.attacks.turns import ManyShot, MultiTurn
 
 __all__ = ["ATTACKS", "Attack", "Attempt", "Target", "Weights", "make_attack"]
 
-# A name, with N for a number of at least 1 or PATH for a file -> what makes the attack, given these if there are any.
+# A name, with N and B for numbers of at least 1 or PATH for a file -> what makes the attack, given these if there are.
 ATTACKS = {
     "direct": Direct, "prefill_N": Prefill, "prefill_own_N": PrefillOwn, "sampling": Sampling, "sampling_N": Sampling,
     "nested": templates.nested, "roleplay": templates.roleplay, "suppression": templates.suppression,
@@ -32,14 +32,15 @@ ATTACKS = {
     "homoglyphs_N": encodings.WorstWords, "many_shot_N": ManyShot, "multi_turn_N": MultiTurn, "filler": Filler,
     "filler_prefill_N": FillerPrefill, "filler_own_N": FillerOwn, "late_N": Late, "fake_refusal": FakeRefusal,
     "injection": Injection,
-    "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls, "autodan_N": AutoDan, "autodan_cls_N": AutoDanCls,
-    "soft_prompt_N": SoftPrompt,
+    "gcg_N": Gcg, "gcg_victim_N": GcgVictim, "gcg_cls_N": GcgCls,
+    "gcg_NxB": Gcg, "gcg_victim_NxB": GcgVictim, "gcg_cls_NxB": GcgCls,
+    "autodan_N": AutoDan, "autodan_cls_N": AutoDanCls, "soft_prompt_N": SoftPrompt,
     "file:PATH": File,
 }
 
 
 def make_attack(name: str) -> Attack:
-  """"prefill_10" -> Prefill(10).
+  """"prefill_10" -> Prefill(10), "gcg_500x512" -> Gcg(500, 512).
 
   Raises:
     ValueError: no attack of that name, or a number that it does not take; what reading a file raises.
@@ -47,10 +48,10 @@ def make_attack(name: str) -> Attack:
   kind, _, path = name.partition(":")
   if path and f"{kind}:PATH" in ATTACKS:
     return ATTACKS[f"{kind}:PATH"](path)
-  number = re.fullmatch(r"(.*_)([1-9]\d{0,3})", name)
-  family = f"{number[1]}N" if number else name
-  if family not in ATTACKS or family.endswith("_N") != bool(number) or ":" in family:
+  numbers = re.fullmatch(r"(.*_)([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", name)
+  family = f"{numbers[1]}N{'xB' if numbers[3] else ''}" if numbers else name
+  if family not in ATTACKS or family.endswith(("_N", "_NxB")) != bool(numbers) or ":" in family:
     raise ValueError(
         f"attack is {name!r}; expected one of {', '.join(ATTACKS)}, with a number (of tokens, attempts, turns, steps) "
-        "for N.")
-  return ATTACKS[family](int(number[2])) if number else ATTACKS[family]()
+        "for N, and of candidates a step for B.")
+  return ATTACKS[family](*(int(number) for number in numbers.groups()[1:] if number) if numbers else ())

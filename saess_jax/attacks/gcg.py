@@ -15,6 +15,9 @@ queries from one run. The attack succeeds if any of the three does, which is a l
   gcg_victim_N  on the language model of the victim
   gcg_cls_N     on the victim, adaptively: the loss also wants [CLS] to find query and response benign (`objective.py`)
 
+"NxB" in the place of N: B candidates a step. 64 by default, and 20 steps in our config, are what two cores can do; the
+paper's are 512 and 500, two hundred times as many queries.
+
 Axes: R suffix tokens, B candidates, V vocab, D embed.
 """
 
@@ -38,6 +41,7 @@ from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params
 
 START = " x" * 20  # The first suffix, as in nanoGCG: twenty tokens in most vocabularies.
+CANDIDATES = 64  # Scored a step, by default.
 DRAWS = 4  # Candidates drawn for each that is wanted, at most: those that do not survive as text are drawn anew.
 
 
@@ -48,11 +52,11 @@ class Gcg(Attack):
   cls_weight = 0.0
   at_a_time = 1
 
-  def __init__(self, steps: int, candidates: int = 64, top_k: int = 256):
-    """candidates: B, scored a step. top_k: tokens a position that they are drawn from."""
-    self.steps, self.candidates, self.top_k = steps, candidates, top_k
+  def __init__(self, steps: int, candidates: int | None = None, top_k: int = 256):
+    """candidates: B, scored a step; None: `CANDIDATES`. top_k: tokens a position that they are drawn from."""
+    self.steps, self.candidates, self.top_k = steps, candidates or CANDIDATES, top_k
     self.checkpoints = {steps // 4, steps // 2, steps} - {0}  # Steps after which an attempt is made.
-    self.name = f"{self.family}_{steps}"
+    self.name = f"{self.family}_{steps}{f'x{candidates}' if candidates else ''}"
 
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """An attempt a checkpoint; its queries, a gradient and its candidates each step, are those since the one before.
@@ -97,7 +101,7 @@ class GcgCls(GcgVictim):
 
   family = "gcg_cls"
 
-  def __init__(self, steps: int, candidates: int = 64, top_k: int = 256, cls_weight: float = 1.0):
+  def __init__(self, steps: int, candidates: int | None = None, top_k: int = 256, cls_weight: float = 1.0):
     super().__init__(steps, candidates, top_k)
     self.cls_weight = cls_weight
 

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from saess_jax import decode, masks, policy
+from saess_jax import batching, masks, policy
 from saess_jax import schedule as schedule_lib
 from saess_jax.attacks.base import Weights
-from saess_jax.batching import round_up
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -108,14 +107,14 @@ def encode_row(weights: Weights, prompt: str, target: str) -> tuple[np.ndarray, 
 
 def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], multiple: int = 32) -> Rows:
   """Ragged rows -> `Rows` of numpy arrays, padded to a multiple of `multiple` tokens."""
-  padded = decode.pad_prompts(rows, length=round_up(max(len(tokens) for tokens, _ in rows), multiple))
-  return Rows(padded.tokens, padded.kinds)
+  length = batching.round_up(max(len(tokens) for tokens, _ in rows), multiple)
+  return Rows(*(batching.padded(arrays, length) for arrays in zip(*rows)))
 
 
 def target_slots(rows: Rows) -> int:
   """T, which is static: room for the longest target of `rows` (host arrays)."""
   longest = int(np.max(np.sum(np.asarray(rows.kinds) == TokenKind.RESPONSE, axis=1)))
-  return round_up(longest, SLOTS)
+  return batching.round_up(longest, SLOTS)
 
 
 def score(

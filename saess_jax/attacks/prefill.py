@@ -2,7 +2,8 @@
 al. 2024, "shallow alignment").
 
 `prefill_N` uses an affirmative opener without any content; `prefill_own_N` the base model's own answer, which costs one
-query a behavior and already holds what was asked for.
+query a behavior and already holds what was asked for, if that model gives it: the refusals of an aligned base, put into
+another's mouth, are no attack.
 """
 
 from __future__ import annotations

@@ -219,16 +219,32 @@ def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfi
 
 
 class Batches(Sequence):
-  """All batches of a run at random access: `batches[step]`. Arguments and errors as `make_loader`."""
+  """`epochs` passes over examples at random access, `batches[step]`: each example once a pass, in batches of a kind and
+  of like length.
+
+  A batch is a dict of numpy arrays:
+    tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
+    targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
+    probe_labels, probe_weights float32 [B, P]; kl_positions int32 [B, K], kl_weights float32 [B, K]. S is one of
+    `buckets`, R = min(max_response + 1, S), S for documents; R and P are 0 in a batch of queries alone, K without a KL
+    term.
+  With E = `examples_per_row` above 1: segments int32 [B, S] too, from 1 which example of its row a token belongs to;
+  label and label_weight are [B, E], R = min(E (max_response + 1), S), of the E p probes every p are one example's, and
+  K is E `kl_positions`.
+  Under objective "dpo" all arrays have an axis of 2 behind B, the chosen response's and the rejected one's.
+  Copies that fill up the last batch have weight 0 throughout.
+  """
 
   def __init__(
-      self, examples: Sequence[Example], config: TrainConfig, process_index: int = 0, process_count: int = 1,
-      epochs: int = 1):
+      self, examples: Sequence[Example], config: TrainConfig, rows: Sequence[int] | None = None, epochs: int = 1):
+    """
+    Args:
+      rows: which rows of each batch to give, B of them: those of this process (`sharding.rows_here`); None for all.
+
+    Raises:
+      ValueError: no examples, one that is longer than all buckets, or buckets out of order.
+    """
     size, buckets = config.data.batch_size, config.data.buckets
-    if size % process_count:
-      raise ValueError(f"data.batch_size {size} cannot be divided among {process_count} processes.")
-    if not 0 <= process_index < process_count:
-      raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
     if epochs < 1:
       raise ValueError(f"epochs is {epochs}; expected 1 or more.")
     if config.data.examples_per_row < 1:
@@ -244,7 +260,7 @@ class Batches(Sequence):
           "data.max_length.")
     self._examples, self._config = examples, config
     self._compared = config.loss.kl_positions if config.loss.kl_weight else 0
-    self._local = slice(process_index * size // process_count, (process_index + 1) * size // process_count)
+    self._mine = range(size) if rows is None else rows
     of = lambda row: [len(examples[i].tokens) for i in row]
     if config.objective == "dpo":  # A row is a pair, beside each other instead of end to end.
       self._rows = [[i, i + 1] for i in range(0, len(examples), 2)]
@@ -267,7 +283,7 @@ class Batches(Sequence):
     size = self._config.data.batch_size
     # The last batch is filled up with copies of weight 0: rows of padding alone would have no [CLS].
     members = [(member, True) for member in members] + [(members[0], False)] * (size - len(members))
-    rows = [self._row(member, real, epoch, bucket) for member, real in members[self._local]]
+    rows = [self._row(*members[place], epoch, bucket) for place in self._mine]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
@@ -379,36 +395,12 @@ class Loader:
     self._iterator.set_state(state)
 
 
-def make_loader(
-    examples: Sequence[Example], config: TrainConfig, process_index: int = 0, process_count: int = 1, epochs: int = 1
-) -> Loader:
-  """Batches of `epochs` passes over `examples`, each example once a pass; this process's rows of each.
-
-  A batch is a dict of numpy arrays:
-    tokens, kinds int32 [B, S]; loss_positions int32 [B, R] (stored index whose hidden state predicts the target);
-    targets int32 [B, R]; loss_weights float32 [B, R]; label, label_weight float32 [B]; probe_views int32 [B, P, 3];
-    probe_labels, probe_weights float32 [B, P]; kl_positions int32 [B, K], kl_weights float32 [B, K]. S is one of
-    `buckets`, R = min(max_response + 1, S), S for documents; R and P are 0 in a batch of queries alone, K without a KL
-    term.
-  With E = `examples_per_row` above 1: segments int32 [B, S] too, from 1 which example of its row a token belongs to;
-  label and label_weight are [B, E], R = min(E (max_response + 1), S), of the E p probes every p are one example's, and
-  K is E `kl_positions`.
-  Under objective "dpo" all arrays have an axis of 2 behind B, the chosen response's and the rejected one's.
-  Copies that fill up the last batch have weight 0 throughout.
-
-  Raises:
-    ValueError: no examples, one that is longer than all buckets, buckets out of order, a batch size that the number
-      of processes does not divide.
-  """
-  return Loader(Batches(examples, config, process_index, process_count, epochs))
-
-
 def batch_shapes(config: TrainConfig) -> dict[str, np.ndarray]:
   """A global batch of the longest bucket, whose rows hold as much as one can, of zeros: what a compiler has to know."""
-  length = config.data.buckets[-1] // config.data.examples_per_row
-  kinds = np.full(length, TokenKind.QUERY, np.int32)
+  count = 2 if config.objective == "dpo" else config.data.examples_per_row
+  kinds = np.full(config.data.buckets[-1] // config.data.examples_per_row, TokenKind.QUERY, np.int32)
   kinds[-1] = TokenKind.RESPONSE
-  return Batches([Example(np.zeros_like(kinds), kinds, 0, "benign", 0, 1)] * config.data.examples_per_row, config)[0]
+  return Batches([Example(np.zeros_like(kinds), kinds, 0, "benign", 0, 1)] * count, config)[0]
 
 
 def _pack(examples: Sequence[Example], room: int, most: int, seed: int) -> list[list[int]]:

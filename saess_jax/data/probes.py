@@ -27,8 +27,9 @@ def draw_probes(
 
   Labels: "harmful" (a completion of a malicious prompt by the unaligned base model) is 1 everywhere, "benign" 0
   everywhere. A "refusal" is harmless text after a malicious prompt: 1 where the view has the query, 0 where not. An
-  "interrupted" response begins with what the base or an attacker wrote and is a refusal then: only its views with the
-  query count. "none" is no response, and a "document" (pretraining) has no views: no probes either, P = 0.
+  "interrupted" response begins with what the base, an attacker or the decoder (its refusal prefix) wrote and is a
+  refusal then: only its views with the query count. "none" is no response, and a "document" (pretraining) has no views:
+  no probes either, P = 0.
 
   Args:
     trajectory: one of `TRAJECTORIES`.
@@ -37,7 +38,7 @@ def draw_probes(
 
   Returns:
     views int32 [P, 3], labels float32 [P], weights float32 [P]: 0 for a view without query that holds fewer than
-    `min_window` tokens, else 1, or `benign_weight` for a benign window.
+    `min_window` tokens, else 1, or `benign_weight` for a benign one without query.
 
   Raises:
     ValueError: an unknown trajectory.

@@ -3,8 +3,9 @@
 A file needs one prompt column; names are matched whatever their case, and where a file has several of them the first
 in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, both optional and possibly empty); in stage
 "pretrain" it is a document, by custom in a column `text`. A filled `input` column beside an `instruction` prompt
-(Alpaca) is appended to it after a blank line. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a line
-and no labels.
+(Alpaca) is appended to it after a blank line, a filled `contextstring` beside a `behavior` (HarmBench's contextual
+behaviors) stands before it as HarmBench puts it. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a
+line and no labels.
 
 A row that names a request (`REQUEST_COLUMNS`) beside its prompt is an attack's: the prompt asks for what is named.
 Training reads its prompt, as of any row (`read_rows`); an evaluation what it asks for (`read_requests`).
@@ -60,33 +61,35 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   Raises:
     FileNotFoundError: a file that does not exist.
     ValueError: another ending, an empty file, a malformed row (file, line and fault are named), no prompt column, an
-      unknown label word, or a missing label without a `default_label`.
+      unknown label word, or a missing label, without a `default_label` or in a file whose other rows have one.
   """
   names = [name.strip() for name in paths.split(",") if name.strip()]
   if not names:
     raise ValueError(f"No data file in {paths!r}; expected a path, or several separated by commas.")
   default = None if default_label is None else _label(default_label, "default_label")
   files = [file for name in names for file in _files_of(name)]
-  return [_row(record, file.name, line, default) for file in files for line, record in read_records(file, _READERS)]
+  return [row for file in files for row in _rows(read_records(file, _READERS), file.name, default)]
 
 
 def read_requests(path: str, default_label: str | int) -> list[Row]:
-  """Rows of one file, as `read_rows` gives them, but of attacks what they ask for, each request once and by its first
-  row: white space at the ends and case aside, as attacks are matched to it. Also of a JailbreakBench artifact (.json).
+  """Rows of one file, as `read_rows` gives them, but of attacks what they ask for, and each request of a label once, by
+  its first row: white space at the ends and case aside, as attacks are matched to it. Also of a JailbreakBench artifact
+  (.json).
 
   Raises:
     FileNotFoundError, ValueError: as `read_rows` and `read_artifact`.
   """
   file, default = pathlib.Path(path.strip()).expanduser(), _label(default_label, "default_label")
-  rows: dict[int | str, Row] = {}
+  records = []
   for number, record in read_records(file, _READERS | {".json": read_artifact}):
     fields = fields_of(record)
     request = request_of(fields) if any(column in fields for column in ATTACK_COLUMNS) else None
-    if request is None:
-      rows[number] = _row(record, file.name, number, default)
-    else:  # A response beside it is one to the attack.
-      kept = {column: fields.get(column) for column in ("label", "category")}
-      rows.setdefault(request_key(str(request)), _row({"prompt": request} | kept, file.name, number, default))
+    if request is not None:  # A response beside it is one to the attack.
+      record = {"prompt": request} | {column: fields.get(column) for column in ("label", "category")}
+    records.append((number, record))
+  rows: dict[tuple[str, int], Row] = {}
+  for row in _rows(records, file.name, default):
+    rows.setdefault((request_key(row.prompt), row.label), row)
   return list(rows.values())
 
 
@@ -298,6 +301,12 @@ def fields_of(record: dict[str, Any]) -> dict[str, Any]:
   return {str(column).strip().lower(): value for column, value in record.items()}
 
 
+def _rows(records: Sequence[tuple[int, dict[str, Any]]], name: str, default_label: int | None) -> list[Row]:
+  """The rows of one file: where any has a label, all must."""
+  labelled = any(fields_of(record).get("label") not in (None, "") for _, record in records)
+  return [_row(record, name, line, None if labelled else default_label) for line, record in records]
+
+
 def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
   where = f"{name}:{line}"
   fields = fields_of(record)
@@ -306,21 +315,28 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(
         f"{where}: no prompt column; expected one of {', '.join(PROMPT_COLUMNS)}, found {', '.join(record)}.")
   prompt = fields[column]
-  if not isinstance(prompt, str) or not prompt.strip():
+  if not isinstance(prompt, str) or not prompt.strip() or not _is_unicode(prompt):
     raise ValueError(f"{where}: {column} is {prompt!r}; expected text.")
   if column == "instruction" and fields.get("input"):
     prompt = f"{prompt}\n\n{fields['input']}"
+  if column == "behavior" and fields.get("contextstring"):
+    prompt = f"{fields['contextstring']}\n\n---\n\n{prompt}"
   response = next((fields[column] for column in RESPONSE_COLUMNS if fields.get(column)), "")
-  if not isinstance(response, str):
+  if not isinstance(response, str) or not _is_unicode(response):
     raise ValueError(f"{where}: the response is {response!r}; expected text.")
   label = default_label
   if fields.get("label") not in (None, ""):
     label = _label(fields["label"], where)
   if label is None:
     raise ValueError(
-        f"{where}: no label. Add a column label ({' or '.join(LABELS)}) or, where all rows have the same, give a "
-        "default_label.")
+        f"{where}: no label. Fill a column label ({' or '.join(LABELS)}) in every row or, where all have the same, "
+        "give a default_label and no column.")
   return Row(prompt, response, label, str(fields.get("category") or ""), name)
+
+
+def _is_unicode(text: str) -> bool:
+  """Half of a surrogate pair, which an emoji that was cut leaves in JSON, is no character and no tokenizer reads it."""
+  return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _label(value: str | int, where: str) -> int:

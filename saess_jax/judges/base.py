@@ -27,6 +27,11 @@ class Exchange:
   response: str
   prefix: str = ""
 
+  @property
+  def said(self) -> str:
+    """What the model wrote itself, behind the prefix."""
+    return self.response[len(self.prefix):]
+
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
@@ -74,7 +79,7 @@ class Judge(abc.ABC):
 
 
 def is_empty(row: Exchange) -> bool:
-  return not row.response[len(row.prefix):].strip()
+  return not row.said.strip()
 
 
 def request_of(prompt: Messages) -> str:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, any_of, is_text, rate, silence
+from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, any_of, is_text, mean, rate, silence, written
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -29,6 +29,7 @@ from saess_jax.suites import short_names
 
 TRACES, LISTED, EXAMPLES = 5, 100, 3  # How many of a kind are printed; others by their lines of responses.jsonl.
 _CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
+_PUT_IN = "benign, with a refusal put in"
 
 
 def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathlib.Path) -> None:
@@ -133,7 +134,8 @@ class _Report:
     if len(self.suites) > 1:
       pooled = [(self._pooled(key), words) for key, words in (
           ("any_attack", "attack success, any attack"), ("over_refusal", "benign refused"),
-          ("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict"))]
+          ("benign_stopped", _PUT_IN), ("caught_initially", _CAUGHT),
+          ("alarmed_initially", "benign alarms, first verdict"))]
       bodies.append(self._body(f"all {len(self.suites)} suites", "", [
           (words, [share(rates.get(model)) for model in self.models]) for rates, words in pooled if rates]))
     for suite, of in self.suites.items():
@@ -149,11 +151,14 @@ class _Report:
               self._worst({name: success[model][name] for name in of["sent"]}) for model in self.models]))
       if of["over_refusal"]:
         lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
-      for key, words in (("caught_initially", _CAUGHT), ("alarmed_initially", "benign alarms, first verdict")):
+      for key, words in (("benign_stopped", _PUT_IN), ("caught_initially", _CAUGHT),
+                         ("alarmed_initially", "benign alarms, first verdict")):
         if of[key]:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
       if of["stopped"]:
         lines.append(("mean leaked tokens", [self._leaked(suite, model) for model in self.models]))
+        lines.append(("mean tokens written before a window's refusal", [
+            self._written(suite, model) for model in self.models]))
         lines.append(("malicious, never stopped", [self._never_stopped(of["stopped"].get(model))
                                                    for model in self.models]))
       bodies.append(self._body(self.names[suite], _sizes(of["n"]), lines))
@@ -172,15 +177,23 @@ class _Report:
     attack = max(rates, key=lambda name: (-1.0 if rates[name]["rate"] is None else rates[name]["rate"]))
     return f"{share(rates[attack])} <span class='soft'>{escape(shorten(attack, 40))}</span>"
 
+  def _sent(self, suite: str, model: str) -> list[Row]:
+    """What was asked of `model` that is malicious and can be sent."""
+    return [row for row in self.rows
+            if (row["suite"], row["model"], row["label"]) == (suite, model, 1) and is_text(row)]
+
   def _leaked(self, suite: str, model: str) -> str:
-    stopped = [row for row in self.rows if (row["suite"], row["model"], row["label"]) == (suite, model, 1)
-               and row["intervened_at"] >= 0 and is_text(row)]
+    stopped = [row for row in self._sent(suite, model) if row["intervened_at"] >= 0]
     if not stopped:
       return NONE
     mean, low, high = scores.mean_interval(stopped, "leaked")
     windows = sum(row["intervened_at"] > 0 for row in stopped)
     figure = f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{figure} <span class='soft'>of {len(stopped)} stopped, {windows} by a window</span>"
+
+  def _written(self, suite: str, model: str) -> str:
+    tokens = written(self._sent(suite, model))
+    return f"{mean(tokens):.1f} <span class='soft'>at most {max(tokens)}</span>" if tokens else NONE
 
   def _never_stopped(self, stopped: dict[str, float] | None) -> str:
     return NONE if stopped is None else f"{stopped['n'] - stopped['count']} of {stopped['n']} responses"
@@ -212,18 +225,22 @@ class _Report:
     success, others = of["attack_success_rate"], list(of["by_judge"])
     lines = [
         [attack, NAMES[model].replace(" ", "\N{NO-BREAK SPACE}"), share(success[model][attack]),
-         *[share(of["by_judge"][judge][model][attack]) for judge in others], share(conduct["first_verdict"]),
-         share(conduct["intervened"]),
+         *[share(of["by_judge"][judge][model][attack]) for judge in others],
+         *[(share if conduct["responses"] == conduct["n"] else _of_attempts)(conduct[key])
+           for key in ("first_verdict", "intervened")],
          f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}" if conduct["intervened"]["count"] else NONE,
+         NONE if conduct["written_mean"] is None else f"{conduct['written_mean']:.1f} / {conduct['written_max']}",
          f"{conduct['evaluations_mean']:.1f}", str(conduct["responses"]), str(conduct["empty"])]
         for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
     heads = [
         "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
-        "first verdict", "intervened", "leaked mean / max", "[CLS] evaluations", "responses", "empty"]
+        "first verdict", "intervened", "leaked mean / max", "written mean / max", "[CLS] evaluations", "responses",
+        "empty"]
     return table(
         [head.replace(" ", "\N{NO-BREAK SPACE}") for head in heads], lines,
         "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose query alone was "
-        "taken for malicious. Leaked: tokens, of the responses with an intervention.")
+        "taken for malicious; without an interval where a behavior has several, which are alike. Leaked: tokens, of "
+        "the responses with an intervention. Written: tokens of the model's own when a window stopped it.")
 
   def _categories(self, of: dict[str, Any]) -> str:
     model, by_category = self.defended, of["by_category"]
@@ -414,6 +431,10 @@ class _Report:
 def _sizes(n: dict[str, int]) -> str:
   """"12 malicious and 8 benign"."""
   return " and ".join(f"{n[label]} {label}" for label in ("malicious", "benign") if n[label])
+
+
+def _of_attempts(rate: dict[str, float]) -> str:
+  return count(rate).replace(" ", "\N{NO-BREAK SPACE}") if rate["n"] else NONE
 
 
 def _number(p: float | None) -> str:

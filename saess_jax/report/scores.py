@@ -112,7 +112,7 @@ def budgets(rows: Rows, judge: str) -> dict[str, dict[str, dict[str, Any]]]:
   methods = {row["method"] for row in malicious}
   unasked = {place(row) for row in malicious if row["method"] == "direct" and row["judgements"][judge]["jailbroken"]}
   for row in malicious:
-    stem = re.sub(r"_\d+$", "", row["method"])
+    stem = re.sub(r"_\d+(x\d+)?$", "", row["method"])
     families.setdefault(row["method"] if stem in methods else stem, {}).setdefault(row["model"], []).append(row)
   found: dict[str, dict[str, dict[str, Any]]] = {}
   for family, models in families.items():
