@@ -77,10 +77,15 @@ def fingerprint(params: Any) -> str:
   return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_adapter(path: str | pathlib.Path) -> bool:
+  """Whether `path` names an adapter's file, which need not be there."""
+  return pathlib.Path(path).suffix == ".safetensors"
+
+
 def check_target(path: str | pathlib.Path, dtype: str) -> pathlib.Path:
   """The file that `save` would write. Raises its errors of `path` and `dtype`, before there is an adapter."""
   path = pathlib.Path(path).expanduser()
-  if path.suffix != ".safetensors" or dtype not in DTYPES:
+  if not is_adapter(path) or dtype not in DTYPES:
     raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
   if path.exists():
     raise FileExistsError(f"{path} exists; choose another name, or delete it.")

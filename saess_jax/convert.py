@@ -41,9 +41,8 @@ def to_orbax(source: str, folder: str, dtype: str, check: bool) -> str:
   """Hugging Face or GGUF -> a snapshot. Returns what there is to say about it; errors as `hf.load_pretrained`."""
   staging.refuse_existing(folder)
   loaded = hf.load_pretrained(source, dtype, progress="reading")
-  safety = SafetyConfig() if loaded.safety is None else loaded.safety
   layout = pretrained.settings_of(source).layout
-  snapshot.write(folder, loaded.config, loaded.params, loaded.tokenizer, safety, str(source), layout)
+  snapshot.write(folder, loaded.config, loaded.params, loaded.tokenizer, loaded.safety, str(source), layout)
   said = f"{folder}: {count_parameters(loaded.config):,} parameters in {dtype}."
   if not check:
     return said
@@ -66,8 +65,7 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   Returns what there is to say; errors as `load_for_research`.
   """
   staging.refuse_existing(folder)
-  is_adapter = pathlib.Path(source).suffix == ".safetensors"
-  if not (runs.is_run(source) or snapshot.is_snapshot(source) or is_adapter):
+  if not (runs.is_run(source) or snapshot.is_snapshot(source) or adapters.is_adapter(source)):
     raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
   model, params, tokenizer, safety = pretrained.load_for_research(source, step)
   layout = pretrained.settings_of(source).layout
@@ -157,8 +155,8 @@ def describe(source: str) -> Description:
     settings = snapshot.read_settings(source)
     return Description(
         f"snapshot of {settings.source}", settings.config, settings.config.param_dtype,
-        snapshot.read_tokenizer(source), True, settings.safety)
-  if pathlib.Path(source).suffix == ".safetensors":
+        snapshot.read_tokenizer(source), settings.safety is not None, settings.safety)
+  if adapters.is_adapter(source):
     adapter = adapters.load(source)
     base, rank = describe(adapter.base), {leaf.shape[-1] for name, leaf in _pairs(adapter) if name == "a"}
     return dataclasses.replace(

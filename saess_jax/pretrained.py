@@ -112,7 +112,7 @@ def load_for_research(
     loaded = _read_run(path, checkpoint.Checkpoints.best_step if step is None else lambda _: step, mesh)
   elif step is not None:
     raise ValueError(f"step is {step}, but {path} is no training run; leave step out.")
-  elif str(path).endswith(".safetensors"):
+  elif adapters.is_adapter(path):
     adapter = adapters.load(path)
     loaded = _read_weights(base or adapter.base, "float32", mesh)
     chat.use_template(loaded.tokenizer, adapter.layout["chat_template"])
@@ -144,7 +144,7 @@ def settings_of(path: str | pathlib.Path) -> Settings:
         "header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
     if config.objective != "saess":
       safety = None
-  elif str(path).endswith(".safetensors"):
+  elif adapters.is_adapter(path):
     adapter = adapters.load(path)
     safety, said = adapter.safety, adapter.layout
   elif snapshot.is_snapshot(path):

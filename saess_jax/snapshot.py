@@ -27,22 +27,22 @@ from saess_jax.model import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What snapshot.json holds; `source` and `layout` as `write` was told them."""
+  """What snapshot.json holds; `safety`, `source` and `layout` as `write` was told them."""
 
   config: ModelConfig
-  safety: SafetyConfig
+  safety: SafetyConfig | None
   source: str
   layout: dict[str, Any]
 
 
 def write(
-    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig, source: str,
-    layout: dict[str, Any]) -> None:
+    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig | None,
+    source: str, layout: dict[str, Any]) -> None:
   """Writes the folder, whole or not at all.
 
   Args:
     params: unrolled, host or device arrays, whose dtypes stay as they are.
-    safety: with a named schedule.
+    safety: with a named schedule; None of weights whose [CLS] was never trained.
     source: what `inspect` will say the weights came from.
     layout: `header_sees_cls` and `system_prompt`, kept for `export_hf`.
 
@@ -52,7 +52,7 @@ def write(
   """
   values = {
       "format": 1, "model": dataclasses.asdict(config.replace(scan_layers=False, vocab_padding=0, frozen_layers=0)),
-      "safety": safety_as_dict(safety), "source": source, "layout": layout}
+      "safety": None if safety is None else safety_as_dict(safety), "source": source, "layout": layout}
   with staging.new_folder(folder) as unfinished:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(unfinished / "params", params)
@@ -77,7 +77,7 @@ def read_settings(folder: str | pathlib.Path) -> Settings:
     model = values["model"]
     if model["rope_scaling"]:
       model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-    safety = config_lib.from_config_dict(SafetyConfig, values["safety"])
+    safety = values["safety"] and config_lib.from_config_dict(SafetyConfig, values["safety"])
     return Settings(ModelConfig(**model), safety, values["source"], values["layout"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); write the folder again (saess_jax.convert).") from error

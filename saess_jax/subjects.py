@@ -68,7 +68,7 @@ def load_models(config: EvalConfig) -> Models:
       raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
     written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
     identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
-  elif path.endswith(".safetensors"):
+  elif adapters.is_adapter(path):
     identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
   changes = {name: value for name, value in config.safety.items() if value is not None}
   safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
@@ -83,7 +83,7 @@ def load_models(config: EvalConfig) -> Models:
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)
-    if path.endswith(".safetensors"):
+    if adapters.is_adapter(path):
       model, params, _, _ = pretrained.load_for_research(adapters.load(path).base)
       return attacks.Weights(model, params, research()[2], None, **layout)  # Asked in the adapter's template.
     return attacks.Weights(*research(), None, **layout)

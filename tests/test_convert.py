@@ -179,6 +179,15 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
   assert (tmp_path / "out" / "half").read_text() == "mine"
 
 
+def test_a_snapshot_of_published_weights_does_not_pass_for_trained(tmp_path, capsys):
+  said(capsys, "hf2orbax", case_folder(tmp_path / "source"), tmp_path / "snapshot")
+  for path in (tmp_path / "source", tmp_path / "snapshot"):
+    assert not pretrained.settings_of(path).has_cls
+    assert pretrained.load_for_research(path)[3] == pretrained.settings_of(path).safety == SafetyConfig()
+  said(capsys, "hf2orbax", saess_folder(tmp_path / "trained"), tmp_path / "its_snapshot")
+  assert pretrained.settings_of(tmp_path / "its_snapshot").has_cls
+
+
 def test_a_home_folder_may_be_short(tmp_path, monkeypatch):
   source = saess_folder(tmp_path / "source")
   monkeypatch.setenv("HOME", str(tmp_path))
