@@ -204,7 +204,8 @@ class DataConfig:
   # the verdict does not depend on it (docs/earlier.md).
   bare_queries: bool = False
   # 0: a refusal is the whole response, as in the paper. n: it stands where the decoder will ask for it, behind up to n
-  # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target.
+  # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target. Of a rival, for which no
+  # decoder puts a prefix in, every second refusal is the whole response still [Qi et al. 2024].
   refusal_depth: int = 0
   # n (with refusal_depth): half of these refusals, and of the base's answers to benign requests, stand behind up to n
   # tokens of an attacker's opener with numbered filler (data/openers.py), which are no target either.

@@ -306,17 +306,17 @@ def test_rivals_learn_responses_from_sequences_without_cls():
 def test_behind_a_harmful_beginning_a_rival_says_the_whole_refusal():
   config = dataclasses.replace(CONFIG, objective="sft", probes=ProbeConfig(per_sequence=0))
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, refusal_depth=4))
-  rows = [dataclasses.replace(BAD, prompt=f"bad {i}", response="I cannot." if i % 2 else "") for i in range(20)]
+  rows = [dataclasses.replace(BAD, prompt=f"bad {i}", response="I cannot." if i % 2 else "") for i in range(60)]
   examples = build(rows, {row.prompt: [7, 8, 9, 10] for row in rows}, config)
-  depths = set()
+  depths = []
   for row, example in zip(rows, examples, strict=True):
     said, before = tiny_tokenizer().decode(response(example)[example.loss_from:]), response(example)[:example.loss_from]
     assert said == (row.response or CONFIG.safety.fixed_refusal) + "<|im_end|>"
     depth = len([token for token in before if token in (7, 8, 9, 10)])
     assert before[:depth].tolist() == [7, 8, 9, 10][:depth]
     assert tiny_tokenizer().decode(before[depth:]) == (CONFIG.safety.refusal_break if depth else "")
-    depths.add(depth)
-  assert len(depths) > 2
+    depths.append(depth)
+  assert set(depths) == {0, 1, 2, 3, 4} and 24 < depths.count(0) < 48  # Half of them, and a fifth of the rest.
 
 
 def test_preferences_are_pairs_of_like_shape():
