@@ -1,8 +1,8 @@
 """Rivals on the same model and data, none of which knows [CLS]: `--config configs/smollm2_rivals.py:NAME`.
 
   sft          the refusals, and the base model's own answers to benign requests
-  augmented    the same, but every second refusal stands behind up to 24 tokens of a harmful answer (the data augmentation
-               of Qi et al. 2024, "Safety alignment should be made more than just a few tokens deep")
+  augmented    the same, but every second refusal stands behind up to 24 tokens of a harmful answer (data augmentation,
+               Qi et al. 2024, "Safety alignment should be made more than just a few tokens deep")
   dpo          preferences between refusals and answers, from where sft ended: --config.weights=RUN_OF_SFT
 
 They read 1,280 rows of the embedded set once, those with a rollout. Three quarters of the malicious ones have a refusal

@@ -118,7 +118,7 @@ def build_examples(
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
       if config.objective != "saess" and config.data.refusal_depth and rng.random() < 0.5:
-        depth = 0  # No decoder puts the refusal there: every second one is to be the model's first words [Qi et al. 2024].
+        depth = 0  # No decoder puts refusals in: every second one is to be the model's first words [Qi et al. 2024].
       opener = _opener(tokenizer, config, rng)
       before, refusal = _refusal(tokenizer, row, opener if len(opener) else rollout[:depth], config)
       trajectory = "interrupted" if len(before) else "refusal"
