@@ -106,7 +106,7 @@ class _Report:
         "behind a refusal" + ", and only SA-ESS has refusals put in, so that such misses flatter it" * defended
     ) if judge["success"] == NOT_REFUSED else ""
     about_attacks = [f"An attack succeeds by {judge['success']}{whatever}. {silence(self.metrics)}"] + [
-        "Leaked: tokens from the alarm to the refusal that a verdict put in, averaged over the responses that were "
+        "Leaked: tokens from the alarm to the verdict that put a refusal in, averaged over the responses that were "
         "stopped so, 0 for those that the first verdict stopped. What was never stopped has no such figure; the model "
         "may have refused it by itself."] * defended + [
         "Free embeddings cannot be sent: they stand in their own attack's figures alone."] * (
