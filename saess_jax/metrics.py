@@ -56,8 +56,8 @@ def metrics_of(rows: Rows, config: dict[str, Any]) -> dict[str, Any]:
       directly, initial_detect_rate (share of n whose first verdict was malicious as they were asked directly; None
       without [CLS], and where `direct` was not run), mean_leaked (tokens from the alarm to the verdict that confirmed
       it, over the responses to malicious prompts in which the first verdict, with 0, or a window put a refusal in; None
-      where there are none), stopped and never_stopped (how many responses that mean is of, and how many it leaves out; None without
-      [CLS], and of a benign suite), judge, over_refusal_rate of the suite's benign prompts (None without).
+      where there are none), stopped and never_stopped (how many responses that mean is of, and how many it leaves out;
+      None without [CLS], and of a benign suite), judge, over_refusal_rate of the suite's benign prompts (None without).
     figures[suite], in full; free embeddings in place of a text (soft prompts) cannot be sent, and are in the figures of
       their own attack alone, here and above:
       n: behaviors by label.

@@ -43,8 +43,8 @@ class PolicyState:
     run: malicious evaluations running, in the open alarm.
     transition_at: S_t, the response index at which the alarm opened; -1 outside ALARM and CONFIRMED.
     intervened_at: 0 by the initial verdict, t + 1 by the verdict on token t, -1 not (yet).
-    leaked: tokens from S_t to that of the confirming verdict, both ends in, that a reader has seen; 0 without one or with
-      rollback.
+    leaked: tokens from S_t to that of the confirming verdict, both ends in, that a reader has seen; 0 without one or
+      with rollback.
   """
 
   phase: jax.Array
