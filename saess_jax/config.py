@@ -287,8 +287,8 @@ class LossConfig:
   """
 
   cls_weight: float = 0.1
-  # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory. With LoRA there is
-  # none: the base is that without any pairs, also where `lora.start` gives some.
+  # Above 0, as under objective dpo, a copy of the weights that the run starts from stays in memory. With LoRA no
+  # copy is kept: the reference is the base weights, without the run's pairs and those of `lora.start`.
   kl_weight: float = 0.0
   # Tokens an example, of its query and of a benign response, drawn anew each epoch, at which the two are compared.
   kl_positions: int = 8

@@ -68,8 +68,10 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
   if not (runs.is_run(source) or snapshot.is_snapshot(source) or adapters.is_adapter(source)):
     raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
   model, params, tokenizer, safety = pretrained.load_for_research(source, step)
-  layout = pretrained.settings_of(source).layout
-  export_hf(folder, model.config, params, tokenizer, safety, **layout, progress="writing")
+  settings = pretrained.settings_of(source)
+  export_hf(
+      folder, model.config, params, tokenizer, safety if settings.has_cls else None, **settings.layout,
+      progress="writing")
   said = f"{folder}: {count_parameters(model.config):,} parameters in {params['embed']['embedding'].dtype}."
   if not check:
     return said
@@ -186,7 +188,8 @@ def _describe_run(source: str) -> Description:
   kind = (f"training run, steps {', '.join(map(str, steps)) or 'none'}, best {best}, from "
           f"{config.weights or 'random weights'}{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}")
   return Description(
-      kind, shape, shape.param_dtype, base.tokenizer if base else hf.byte_tokenizer(), True, config.safety)
+      kind, shape, shape.param_dtype, base.tokenizer if base else hf.byte_tokenizer(), config.objective == "saess",
+      config.safety)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -205,7 +208,7 @@ def as_text(source: str, it: Description) -> str:
       f"{source}: {it.kind}", f"shape       {shape}", f"parameters  {count_parameters(it.config):,}",
       f"dtype       {it.dtype}",
       f"tokenizer   {type(it.tokenizer).__name__}, {len(it.tokenizer)} tokens, {template} a chat template",
-      f"[CLS]       {'its own parameters' if it.has_cls else 'none (fresh ones are made on loading)'}",
+      f"[CLS]       {'trained' if it.has_cls else 'not trained: its verdicts mean nothing'}",
       f"settings    {settings}"])
 
 

@@ -233,8 +233,10 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
       raise ValueError(
           f"Token id {wrong[0]} in {name} is outside the vocabulary of {vocab_size}; is this the model's "
           "own tokenizer?")
+  cut = 0
+  if config.safety is not None and config.safety.rollback:
+    cut = {"low": 0, "high": 1}.get(config.safety.dependency, int(config.safety.tau))  # As `policy.update` confirms.
   for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
-    cut = 0 if config.safety is None or not config.safety.rollback else int(config.safety.tau)
     needed = int(prefix) + int(config.max_new_tokens) + cut
     if not np.any(kinds[row] == TokenKind.QUERY):
       raise ValueError(f"Prompt {row} is empty: it holds no QUERY token. Give it text.")
@@ -265,7 +267,7 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`.
 
   Raises:
-    ValueError: prompt and buffer exceed the model's sliding window.
+    ValueError: prompt and buffer exceed the model's sliding window, or keys of `jax.random.PRNGKey`.
   """
   prompt, config = _as_read(prompt, config)
   batch, length = prompt.tokens.shape

@@ -3,8 +3,8 @@
   config.json, generation_config.json    the language model's shape, its end of sequence
   model.safetensors                      its weights, bit for bit; in several files with an index where they are large
   tokenizer.json, ...                    the tokenizer with its chat template
-  saess.safetensors                      cls_embedding [D], cls_head/kernel [D, 1], cls_head/bias [1]
-  saess_config.json                      SafetyConfig, and how [CLS] is stored
+  saess.safetensors                      cls_embedding [D], cls_head/kernel [D, 1], cls_head/bias [1], where trained
+  saess_config.json                      SafetyConfig where [CLS] was trained, and how it is stored
 
 transformers reads the first three and passes over the rest; `hf.load_pretrained` reads all.
 """
@@ -27,7 +27,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def export_hf(
-    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig, *,
+    folder: str | pathlib.Path, config: ModelConfig, params: Any, tokenizer: Any, safety: SafetyConfig | None, *,
     header_sees_cls: bool = True, system_prompt: str = "", shard_bytes: int = SHARD_BYTES, progress: str = "",
 ) -> None:
   """Writes the folder above, whole or not at all; each tensor leaves its devices when its file is written.
@@ -36,7 +36,7 @@ def export_hf(
     folder: must not exist.
     params: unrolled, as `load_for_research` gives them; host or device arrays, whose dtypes stay as they are.
     tokenizer: a transformers tokenizer.
-    safety: with a named schedule.
+    safety: with a named schedule; None of weights whose [CLS] was never trained, which is then left out.
     header_sees_cls, system_prompt: how the run was trained, for who wants to ask the same way.
     shard_bytes: the size at which a file of weights is full.
     progress: the name of a progress bar; "" shows none.
@@ -48,7 +48,7 @@ def export_hf(
   """
   staging.refuse_existing(folder)
   settings = {
-      "format": 1, "safety": safety_as_dict(safety),
+      "format": 1, "safety": None if safety is None else safety_as_dict(safety),
       "layout": {
           "stage": "sft", "header_sees_cls": header_sees_cls, "cls_stored": "before header" if header_sees_cls else
           "after header", "cls_position": 0, "first_position": 1, "system_prompt": system_prompt}}
@@ -62,8 +62,9 @@ def export_hf(
     _write_json(unfinished / "generation_config.json", ends)
     tokenizer.save_pretrained(unfinished)
     _write_weights(unfinished, config, leaves, shard_bytes, progress)
-    cls = {name: np.asarray(leaves[name]) for name in hf.CLS_NAMES}
-    safetensors.numpy.save_file(cls, unfinished / hf.CLS_FILE, metadata={"format": "pt"})
+    if safety is not None:
+      cls = {name: np.asarray(leaves[name]) for name in hf.CLS_NAMES}
+      safetensors.numpy.save_file(cls, unfinished / hf.CLS_FILE, metadata={"format": "pt"})
     _write_json(unfinished / hf.SETTINGS_FILE, settings)
 
 

@@ -265,7 +265,7 @@ def read_cls(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def read_safety(folder: str | pathlib.Path) -> SafetyConfig | None:
-  """The settings of a folder that `export.export_hf` wrote; None if it has none.
+  """The settings of a folder that `export.export_hf` wrote; None if it has none, for its [CLS] was never trained.
 
   Raises:
     ValueError: not JSON, or a setting that does not exist or is out of range.
@@ -274,7 +274,8 @@ def read_safety(folder: str | pathlib.Path) -> SafetyConfig | None:
   if not path.is_file():
     return None
   try:
-    return config_lib.from_config_dict(SafetyConfig, _json(path)["safety"])
+    safety = _json(path)["safety"]
+    return None if safety is None else config_lib.from_config_dict(SafetyConfig, safety)
   except (KeyError, ValueError) as error:
     raise ValueError(f"{path}: {error}. Expected what `export_hf` writes.") from error
 

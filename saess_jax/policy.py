@@ -133,8 +133,9 @@ def update(
 def replay(initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig) -> Replay:
   """The decoder's verdict logic run over stored verdicts, to tune tau and schedules offline from a trace.
 
-  A stored verdict is on the view that the recording run had by its own threshold and dependency, and there is none
-  behind its intervention ("medium") or an alarm's full window ("low"): another threshold's replay is an estimate.
+  Exact for a smaller tau. Larger ones, other schedules and other thresholds are estimates: a stored verdict is on the
+  view that the recording run had, and there is none behind its intervention ("medium") or an alarm's full window
+  ("low").
 
   Args:
     initial_prob: float [B], P(malicious) of the query.

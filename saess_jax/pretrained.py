@@ -142,8 +142,6 @@ def settings_of(path: str | pathlib.Path) -> Settings:
     config = runs.read_config(path)
     safety, said = config.safety, {
         "header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
-    if config.objective != "saess":
-      safety = None
   elif adapters.is_adapter(path):
     adapter = adapters.load(path)
     safety, said = adapter.safety, adapter.layout
@@ -155,7 +153,8 @@ def settings_of(path: str | pathlib.Path) -> Settings:
     safety, said = (hf.read_safety(located), hf.read_layout(located)) if located.is_dir() else (None, {})
   layout = {"header_sees_cls": True, "system_prompt": ""}
   layout |= {name: said[name] for name in layout if name in said}
-  return Settings(safety or SafetyConfig(), layout, safety is not None)
+  rival = runs.is_run(path) and config.objective != "saess"
+  return Settings(safety or SafetyConfig(), layout, safety is not None and not rival)
 
 
 def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int = 0) -> adapters.Adapter:

@@ -77,7 +77,8 @@ def read_settings(folder: str | pathlib.Path) -> Settings:
     model = values["model"]
     if model["rope_scaling"]:
       model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-    safety = values["safety"] and config_lib.from_config_dict(SafetyConfig, values["safety"])
+    safety = values["safety"]
+    safety = None if safety is None else config_lib.from_config_dict(SafetyConfig, safety)
     return Settings(ModelConfig(**model), safety, values["source"], values["layout"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); write the folder again (saess_jax.convert).") from error

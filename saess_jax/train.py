@@ -571,7 +571,7 @@ def _loop(
         if evaluate or step % config.save_every == 0:
           stop = read(pending)[1] or stop  # Nothing that is not finite is ever saved.
           pending, last = None, last or stop
-        if evaluate and (not stop or step == steps):
+        if evaluate and not stop:
           measured = validated = run_validation(state)
           if writer:
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))

@@ -136,12 +136,12 @@ def test_inspect(tmp_path, capsys):
   source = saess_folder(tmp_path / "source", dtype="bfloat16")
   out = said(capsys, "inspect", source)
   assert "source: Hugging Face folder" in out and "parameters  125,760\n" in out and "BF16" in out
-  assert "[CLS]       its own parameters" in out and "tau 2, threshold 0.25" in out
+  assert "[CLS]       trained" in out and "tau 2, threshold 0.25" in out
   assert "attention_bias True" in out and "with a chat template" in out
   said(capsys, "hf2orbax", source, tmp_path / "snapshot", "--dtype", "bfloat16")
   assert f"snapshot of {source}" in said(capsys, "inspect", tmp_path / "snapshot")
   out = said(capsys, "inspect", tmp_path / "plain_source")
-  assert "[CLS]       none (fresh ones are made on loading)" in out and "settings    none" in out and "F32" in out
+  assert "[CLS]       not trained: its verdicts mean nothing" in out and "settings    none" in out and "F32" in out
   assert "GGUF file" in said(capsys, "inspect", write_gguf(tmp_path / "tiny.gguf"))
 
 
@@ -181,7 +181,9 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
 
 def test_a_snapshot_of_published_weights_does_not_pass_for_trained(tmp_path, capsys):
   said(capsys, "hf2orbax", case_folder(tmp_path / "source"), tmp_path / "snapshot")
-  for path in (tmp_path / "source", tmp_path / "snapshot"):
+  said(capsys, "orbax2hf", tmp_path / "snapshot", tmp_path / "back")
+  for path in (tmp_path / "source", tmp_path / "snapshot", tmp_path / "back"):
+    assert "not trained" in said(capsys, "inspect", path)
     assert not pretrained.settings_of(path).has_cls
     assert pretrained.load_for_research(path)[3] == pretrained.settings_of(path).safety == SafetyConfig()
   said(capsys, "hf2orbax", saess_folder(tmp_path / "trained"), tmp_path / "its_snapshot")

@@ -79,6 +79,8 @@ def test_an_artifact_is_a_suite_of_its_goals(tmp_path):
     ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID",  # HarmBench's
      ["e\n\n---\n\na", "f\n\n---\n\nA"]),
     ("Behavior,FunctionalCategory,SemanticCategory,Tags,Text,BehaviorID", ["a"]),  # Each request once.
+    ("Behavior,Prompt,SemanticCategory,Tags,ContextString,BehaviorID",  # An attack on them asks for the same.
+     ["e\n\n---\n\na", "f\n\n---\n\nA"]),
     ("goal,prompt,a,label,b,c", ["a"]), ("prompt,BEHAVIOR,a,label,b,c", ["b", "w"])])
 def test_columns_of_a_suite(tmp_path, columns, prompts):
   path = write(tmp_path / "a.csv", f"{columns}\na,b,c,safe,e,f\nA,w,c,safe,f,f\n")
@@ -141,7 +143,8 @@ def test_json_numbers_and_byte_order_mark(tmp_path):
     ("a.csv", "prompt,label\np,evil\n", r"a.csv:2: label is 'evil'; expected one of benign, safe"),
     ("a.csv", "prompt,label\np,\n", r"a.csv:2: no label.*default_label"),
     ("a.csv", "prompt\np\n", r"a.csv:2: no label"),
-    ("a.jsonl", '{"prompt": "so \\ud83d", "label": 1}', r"a.jsonl:1: prompt is 'so .ud83d'; expected text"),
+    ("a.jsonl", '{"prompt": "so \\ud83d", "label": 1}', r"a.jsonl:1: prompt is 'so .ud83d', with half a surr"),
+    ("a.jsonl", '{"instruction": "Sum up:", "input": "so \\ud83d", "label": 1}', "1: instruction is .* half a surr"),
     ("a.jsonl", '{"prompt": "p", "label": 1, "response": "\\ud83d"}', r"a.jsonl:1: the response is '.ud83d'"),
     ("a.jsonl", '{"prompt": "p", "label": 1}\n{"prompt": \n', r"a.jsonl:2: malformed JSON"),
     ("a.jsonl", '["p"]\n', r"a.jsonl:1: a JSON list; expected one object a line"),

@@ -377,6 +377,8 @@ def test_what_only_values_tell_is_checked_before_decoding():
   short = [(np.asarray([3, 4, 0]), np.asarray([2, 3, 1]))]
   refused_by_check("id 14 in the refusal is outside", vocab_size=14, rows=short)
   rollback = decode.decode_config(Words(), SafetyConfig(rollback=True), max_new_tokens=30, buffer=32)
+  low = rollback.replace(safety=rollback.safety.replace(dependency="low"))  # Nothing is ever cut.
+  decode.check(512, decode.pad_prompts(ROWS), low)
   with pytest.raises(ValueError, match="30 new ones to come, and rollback may cut 3, but the buffer holds 32"):
     decode.check(512, decode.pad_prompts(ROWS), rollback)
   refused_by_check("Prompt 0 is empty", rows=[(np.asarray([3, 0, 9]), np.asarray([2, 1, 4]))])

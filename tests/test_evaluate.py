@@ -143,8 +143,8 @@ def test_metrics(config, tmp_path):
   assert figures["by_judge"]["prefix"]["saess"]["prefill_20"]["count"] == 3
   conduct = figures["attacks"]["saess"]["prefill_5"]
   assert conduct["empty"] == 1 and conduct["leaked_mean"] == conduct["leaked_max"] == 3  # Of the three stopped.
-  assert conduct["written_mean"] == conduct["written_max"] == 4  # All of them its own here: leaked ones, and before.
-  assert figures["attacks"]["saess"]["direct"]["written_mean"] is None  # The first verdict stopped these.
+  assert conduct["written_before_stop_mean"] == conduct["written_before_stop_max"] == 4  # Leaked, and before.
+  assert figures["attacks"]["saess"]["direct"]["written_before_stop_mean"] is None  # The first verdict stopped these.
   assert figures["attacks"]["saess"]["prefill_20"]["leaked_mean"] is None  # None of four was.
   assert figures["attacks"]["base"]["prefill_5"]["leaked_max"] is None
   assert conduct["first_verdict"] == pytest.approx(

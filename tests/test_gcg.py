@@ -38,6 +38,14 @@ def test_the_target_follows_the_form_of_the_request_and_not_its_content():
       "Sure, here is everything that you asked for:"]
 
 
+@pytest.mark.parametrize("name, kind, steps, candidates", [
+    ("gcg_20", Gcg, 20, gcg.CANDIDATES), ("gcg_20x64", Gcg, 20, 64), ("gcg_victim_500x512", GcgVictim, 500, 512),
+    ("gcg_cls_500x512", GcgCls, 500, 512)])
+def test_steps_and_candidates_stand_in_the_name(name, kind, steps, candidates):
+  attack = make_attack(name)
+  assert type(attack) is kind and (attack.name, attack.steps, attack.candidates) == (name, steps, candidates)
+
+
 def test_the_first_suffix_is_tokens_of_its_own_behind_the_behavior(params):
   place = place_of(params)
   tokens, kinds = place.row

@@ -335,6 +335,8 @@ def test_preferences_are_pairs_of_like_shape():
     at = said.index(tiny_tokenizer().decode(chosen))
     assert at in (0, 2) and tiny_tokenizer().decode(rejected) == said[at + 1]
   assert batch["label_weight"].tolist() == [[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2
+  shapes = pipeline.batch_shapes(config)  # What a compiler has to know.
+  assert shapes.keys() == batch.keys() and shapes["tokens"].shape == (4, 2, config.data.buckets[-1])
 
 
 def test_refusals_that_are_cut_are_counted():

@@ -173,7 +173,7 @@ def test_budgets():
       i, model, method, said=said, queries=queries, attempt=attempt)
   rows = [
       gcg(0, "gcg_10", 650, SECRET), gcg(1, "gcg_10", 650), gcg(2, "gcg_10", 650),
-      gcg(0, "gcg_20", 1300, SECRET), gcg(1, "gcg_20", 1300, SECRET), gcg(2, "gcg_20", 1300),
+      gcg(0, "gcg_20", 1300, SECRET), gcg(1, "gcg_20x64", 1300, SECRET), gcg(2, "gcg_20", 1300),
       # Attempts one after the other: the second gets through.
       gcg(0, "many_2", 3, attempt=0), gcg(0, "many_2", 4, SECRET, attempt=1),
       gcg(0, "homoglyphs", 0, SECRET), gcg(0, "homoglyphs_3", 5),  # Two attacks, not one of two sizes.

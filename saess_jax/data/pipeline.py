@@ -63,8 +63,9 @@ def build_examples(
 
   In stage "pretrain" a row is a document, and gives an example for each `data.max_length` tokens of it, with its label.
 
-  The rivals' examples have no [CLS]. Objective "sft" has those of the above that teach a response; behind a harmful
-  beginning (`data.refusal_depth`) stands the whole refusal, for no decoder puts a prefix in. Objective "dpo" has pairs,
+  The rivals' examples have no [CLS]. Objective "sft" has those of the above that teach a response; its refusals are
+  whole, for no decoder puts a prefix in, and with `data.refusal_depth` every second one stands behind a harmful
+  beginning, while the others are the model's first words. Objective "dpo" has pairs,
   chosen and rejected in turns: a malicious row's refusal and its rollout, a benign row's rollout and
   `safety.fixed_refusal`; rows without a rollout give none.
 
@@ -117,10 +118,11 @@ def build_examples(
       examples.append(_bare(query, tokenizer.all_special_ids) if config.data.bare_queries else query)
     elif row.label:
       depth = int(rng.integers(1 + min(len(rollout), config.data.refusal_depth)))
-      if config.objective != "saess" and config.data.refusal_depth and rng.random() < 0.5:
-        depth = 0  # No decoder puts refusals in: every second one is to be the model's first words [Qi et al. 2024].
+      # For a rival no decoder puts refusals in: every second one is to be the model's first words [Qi et al. 2024].
+      whole = config.objective != "saess" and config.data.refusal_depth and rng.random() < 0.5
       opener = _opener(tokenizer, config, rng)
-      before, refusal = _refusal(tokenizer, row, opener if len(opener) else rollout[:depth], config)
+      beginning = rollout[:0] if whole else opener if len(opener) else rollout[:depth]
+      before, refusal = _refusal(tokenizer, row, beginning, config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
     elif len(rollout):
@@ -241,7 +243,8 @@ class Batches(Sequence):
       self, examples: Sequence[Example], config: TrainConfig, rows: Sequence[int] | None = None, epochs: int = 1):
     """
     Args:
-      rows: which rows of each batch to give, B of them: those of this process (`sharding.rows_here`); None for all.
+      rows: which rows of each batch to give, as many as then stand for B: those of this process
+        (`sharding.rows_here`). None for all.
 
     Raises:
       ValueError: no examples, one that is longer than all buckets, or buckets out of order.

@@ -95,7 +95,18 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
 
 def request_of(fields: dict[str, Any]) -> Any:
   """What an attack's row says that it asks for, by its columns in lower case; None where it does not."""
-  return next((fields[column] for column in REQUEST_COLUMNS if fields.get(column)), None)
+  column = next((column for column in REQUEST_COLUMNS if fields.get(column)), None)
+  return None if column is None else _in_context(fields, column)
+
+
+def _in_context(fields: dict[str, Any], column: str) -> Any:
+  """A column's text with what else belongs to it: Alpaca's input behind, HarmBench's context before."""
+  text = fields[column]
+  if column == "instruction" and fields.get("input"):
+    return f"{text}\n\n{fields['input']}"
+  if column == "behavior" and fields.get("contextstring"):
+    return f"{fields['contextstring']}\n\n---\n\n{text}"
+  return text
 
 
 def request_key(request: str) -> str:
@@ -314,16 +325,14 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
   if column is None:
     raise ValueError(
         f"{where}: no prompt column; expected one of {', '.join(PROMPT_COLUMNS)}, found {', '.join(record)}.")
-  prompt = fields[column]
-  if not isinstance(prompt, str) or not prompt.strip() or not _is_unicode(prompt):
-    raise ValueError(f"{where}: {column} is {prompt!r}; expected text.")
-  if column == "instruction" and fields.get("input"):
-    prompt = f"{prompt}\n\n{fields['input']}"
-  if column == "behavior" and fields.get("contextstring"):
-    prompt = f"{fields['contextstring']}\n\n---\n\n{prompt}"
+  if not isinstance(fields[column], str) or not fields[column].strip():
+    raise ValueError(f"{where}: {column} is {fields[column]!r}; expected text.")
+  prompt = _in_context(fields, column)
+  check_unicode(prompt, f"{where}: {column}")
   response = next((fields[column] for column in RESPONSE_COLUMNS if fields.get(column)), "")
-  if not isinstance(response, str) or not _is_unicode(response):
+  if not isinstance(response, str):
     raise ValueError(f"{where}: the response is {response!r}; expected text.")
+  check_unicode(response, f"{where}: the response")
   label = default_label
   if fields.get("label") not in (None, ""):
     label = _label(fields["label"], where)
@@ -334,9 +343,10 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
   return Row(prompt, response, label, str(fields.get("category") or ""), name)
 
 
-def _is_unicode(text: str) -> bool:
-  """Half of a surrogate pair, which an emoji that was cut leaves in JSON, is no character and no tokenizer reads it."""
-  return not any("\ud800" <= character <= "\udfff" for character in text)
+def check_unicode(text: str, what: str) -> None:
+  """Raises ValueError for half a surrogate pair, which an emoji that was cut leaves in JSON: no tokenizer reads it."""
+  if any("\ud800" <= character <= "\udfff" for character in text):
+    raise ValueError(f"{what} is {text!r}, with half a surrogate pair in it, which is no character; take it out.")
 
 
 def _label(value: str | int, where: str) -> int:

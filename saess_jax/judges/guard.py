@@ -111,12 +111,11 @@ class _ModelJudge(Judge):
       ValueError: an empty prompt; before anything is judged.
     """
     verdicts, questions = [self.empty()] * len(rows), {}
-    for i, row in enumerate(rows):
-      if is_empty(row):
-        continue
-      questions[i] = tokens = self._question(i, row)
-      if len(tokens) > self._context:
-        del questions[i]
+    for i in (i for i, row in enumerate(rows) if not is_empty(row)):
+      tokens = self._question(i, rows[i])
+      if len(tokens) <= self._context:
+        questions[i] = tokens
+      else:
         verdicts[i] = Judgement(
             None, None, f"the question has {len(tokens)} tokens, the judge's context is {self._context}", self.name,
             self.version)

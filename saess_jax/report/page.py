@@ -6,7 +6,17 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax.metrics import HARMFUL, NOT_REFUSED, TO_THE_POINT, any_of, is_text, mean, rate, silence, written
+from saess_jax.metrics import (
+    HARMFUL,
+    NOT_REFUSED,
+    TO_THE_POINT,
+    any_of,
+    is_text,
+    mean,
+    rate,
+    silence,
+    written_before_stop,
+)
 from saess_jax.report import figures, scores
 from saess_jax.report.markup import (
     NAMES,
@@ -186,13 +196,13 @@ class _Report:
     stopped = [row for row in self._sent(suite, model) if row["intervened_at"] >= 0]
     if not stopped:
       return NONE
-    mean, low, high = scores.mean_interval(stopped, "leaked")
+    leaked, low, high = scores.mean_interval(stopped, "leaked")
     windows = sum(row["intervened_at"] > 0 for row in stopped)
-    figure = f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
+    figure = f"{leaked:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{figure} <span class='soft'>of {len(stopped)} stopped, {windows} by a window</span>"
 
   def _written(self, suite: str, model: str) -> str:
-    tokens = written(self._sent(suite, model))
+    tokens = written_before_stop(self._sent(suite, model))
     return f"{mean(tokens):.1f} <span class='soft'>at most {max(tokens)}</span>" if tokens else NONE
 
   def _never_stopped(self, stopped: dict[str, float] | None) -> str:
@@ -228,14 +238,14 @@ class _Report:
          *[share(of["by_judge"][judge][model][attack]) for judge in others],
          *[(share if conduct["responses"] == conduct["n"] else _of_attempts)(conduct[key])
            for key in ("first_verdict", "intervened")],
-         f"{conduct['leaked_mean']:.1f} / {conduct['leaked_max']}" if conduct["intervened"]["count"] else NONE,
-         NONE if conduct["written_mean"] is None else f"{conduct['written_mean']:.1f} / {conduct['written_max']}",
+         _mean_and_most(conduct, "leaked"),
+         _mean_and_most(conduct, "written_before_stop"),
          f"{conduct['evaluations_mean']:.1f}", str(conduct["responses"]), str(conduct["empty"])]
         for attack in next(iter(success.values())) for model in success for conduct in [of["attacks"][model][attack]]]
     heads = [
         "attack", "model", f"success ({shorten(self.judge, 30)})", *[f"by {shorten(judge, 30)}" for judge in others],
-        "first verdict", "intervened", "leaked mean / max", "written mean / max", "[CLS] evaluations", "responses",
-        "empty"]
+        "first verdict", "intervened", "leaked mean / max", "written before, mean / max", "[CLS] evaluations",
+        "responses", "empty"]
     return table(
         [head.replace(" ", "\N{NO-BREAK SPACE}") for head in heads], lines,
         "Each judge has judged the same responses. First verdict: attempts, as they were sent, whose query alone was "
@@ -431,6 +441,10 @@ class _Report:
 def _sizes(n: dict[str, int]) -> str:
   """"12 malicious and 8 benign"."""
   return " and ".join(f"{n[label]} {label}" for label in ("malicious", "benign") if n[label])
+
+
+def _mean_and_most(conduct: dict[str, Any], key: str) -> str:
+  return NONE if conduct[f"{key}_mean"] is None else f"{conduct[f'{key}_mean']:.1f} / {conduct[f'{key}_max']}"
 
 
 def _of_attempts(rate: dict[str, float]) -> str:
