@@ -289,9 +289,9 @@ class Llama(nn.Module):
           "mask of the caller knows; shorten the sequence, or set sliding_window to None.")
     if mask is not None and probe_visible is not None:
       raise ValueError("probe_visible goes with the fast path; with a dense mask, store the probes as CLS rows of it.")
-    cls_index = jnp.where(is_cls.any(axis=2), jnp.argmax(is_cls, axis=2), size)
+    cls_index = None if kinds is None else jnp.where(is_cls.any(axis=2), jnp.argmax(is_cls, axis=2), size)
     if mask is not None:
-      return attention.Sight(mask=mask, cls_index=None if kinds is None else cls_index)
+      return attention.Sight(mask=mask, cls_index=cls_index)
     if kinds is None:
       return attention.Sight()
     if stage is None:

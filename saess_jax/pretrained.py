@@ -138,10 +138,11 @@ def settings_of(path: str | pathlib.Path) -> Settings:
   Raises:
     What reading them raises there.
   """
+  rival = False
   if runs.is_run(path):
     config = runs.read_config(path)
-    safety, said = config.safety, {
-        "header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
+    safety, rival = config.safety, config.objective != "saess"
+    said = {"header_sees_cls": config.header_sees_cls, "system_prompt": config.data.system_prompt}
   elif adapters.is_adapter(path):
     adapter = adapters.load(path)
     safety, said = adapter.safety, adapter.layout
@@ -153,7 +154,6 @@ def settings_of(path: str | pathlib.Path) -> Settings:
     safety, said = (hf.read_safety(located), hf.read_layout(located)) if located.is_dir() else (None, {})
   layout = {"header_sees_cls": True, "system_prompt": ""}
   layout |= {name: said[name] for name in layout if name in said}
-  rival = runs.is_run(path) and config.objective != "saess"
   return Settings(safety or SafetyConfig(), layout, safety is not None and not rival)
 
 
