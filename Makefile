@@ -9,6 +9,7 @@ BIN := .venv/bin
 endif
 PYTHON ?= python3
 RUN ?= runs/mine
+SEED ?= 0
 ADAPTER := adapters/smollm2_135m.safetensors
 export JAX_PLATFORMS ?= cpu
 # Products in bfloat16 but on a CPU that has none: there they are emulated, and float32 is the faster.
@@ -28,11 +29,12 @@ train: $(RUN)/adapter.safetensors
 $(RUN)/adapter.safetensors: $(RUN)/start.safetensors
 	mkdir -p $(RUN)/adapter && cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
 	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.matmul_dtype=$(MATMUL_DTYPE) \
-	  --config.lora.start=$< --workdir $(RUN)/adapter
+	  --config.seed=$(shell expr $(SEED) + 1) --config.lora.start=$< --workdir $(RUN)/adapter
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8
 
 $(RUN)/start.safetensors: | $(BIN)/.saess-runtime
-	$(BIN)/python train.py --config configs/smollm2_135m.py --config.matmul_dtype=$(MATMUL_DTYPE) --workdir $(RUN)/weights
+	$(BIN)/python train.py --config configs/smollm2_135m.py --config.matmul_dtype=$(MATMUL_DTYPE) \
+	  --config.seed=$(SEED) --workdir $(RUN)/weights
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/weights $@ --rank 32 --dtype float32
 
 test: $(BIN)/.saess-dev

@@ -203,7 +203,7 @@ def decode_program(
   start = lambda params, prompt, rng, config: decode.start(model, params, prompt, rng, config)
   state = jax.eval_shape(start, params, asked, key, settings)
   heads = "tensor" if shape.num_kv_heads % mesh.shape["tensor"] == 0 else None
-  cache_place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), heads))
+  cache_place = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, heads))
   spread = lambda leaf: place(leaf, rows if leaf.ndim and leaf.shape[0] == batch else everywhere)
   state = jax.tree.map(spread, state).replace(
       cache=jax.tree.map(lambda leaf: place(leaf, cache_place), state.cache))

@@ -234,8 +234,8 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
           f"Token id {wrong[0]} in {name} is outside the vocabulary of {vocab_size}; is this the model's "
           "own tokenizer?")
   cut = 0
-  if config.safety is not None and config.safety.rollback:
-    cut = {"low": 0, "high": 1}.get(config.safety.dependency, int(config.safety.tau))  # As `policy.update` confirms.
+  if config.safety is not None and config.safety.rollback and config.safety.dependency != "low":
+    cut = int(policy.patience(config.safety))
   for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
     needed = int(prefix) + int(config.max_new_tokens) + cut
     if not np.any(kinds[row] == TokenKind.QUERY):

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from saess_jax import sharding
+
 KERNELS = ("auto", "chunked", "cudnn", "splash")
 BLOCK = 512  # Rows and columns of scores that exist at one time (a head); a shorter sequence is one block.
 HIDDEN = -1e30  # Score of what is not seen: finite, so that a block of which a row sees nothing gives no NaN.
@@ -199,10 +201,10 @@ def _join(x):
 def _splash(q, k, v, window, segments):
   size, heads = q.shape[1], q.shape[2]
   mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+  if not mesh.empty and not set(sharding.AXES) <= set(mesh.axis_names):
     raise ValueError(
-        f"The mesh has the axes {mesh.axis_names}; expected data, fsdp and tensor among them, as `sharding.make_mesh` "
-        "names them.")
+        f"The mesh has the axes {mesh.axis_names}; expected {', '.join(sharding.AXES)} among them, as "
+        "`sharding.make_mesh` names them.")
   tensor = 1 if mesh.empty else mesh.shape["tensor"]
   if tensor > 1 and k.shape[2] % tensor:  # Each device then needs a kv head for each of its query heads.
     k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
@@ -226,7 +228,7 @@ def _splash(q, k, v, window, segments):
   q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
   if not mesh.empty:
     # What does not divide is computed by every device.
-    rows = ("data", "fsdp") if len(q) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    rows = sharding.BATCH_AXES if len(q) % sharding.batch_shards(mesh) == 0 else None
     spread = PartitionSpec(rows, "tensor" if heads % tensor == 0 else None)
     local = jax.shard_map(
         local, in_specs=(spread, spread, spread, PartitionSpec(rows)), out_specs=spread, check_vma=False)

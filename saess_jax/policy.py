@@ -106,6 +106,11 @@ def view(state: PolicyState, t: jax.Array, config: SafetyConfig) -> jax.Array:
   return jnp.stack([sees_query, first, stop], axis=-1).astype(jnp.int32)
 
 
+def patience(config: SafetyConfig) -> int | jax.Array:
+  """Malicious verdicts running, from the alarm's on, at which an alarm is confirmed; with "low" none is."""
+  return 1 if config.dependency == "high" else config.tau
+
+
 def update(
     state: PolicyState, t: jax.Array, prob: jax.Array, evaluated: jax.Array, config: SafetyConfig
 ) -> PolicyState:
@@ -120,8 +125,7 @@ def update(
   false_alarm = evaluated & ~malicious & (state.phase == Phase.ALARM)
   run = jnp.where(hit, state.run + 1, jnp.where(evaluated, 0, state.run))
   transition_at = jnp.where(opens, t, jnp.where(false_alarm, -1, state.transition_at))
-  patience = jnp.where(config.dependency == "high", 1, config.tau)
-  confirmed = hit & (run >= patience) & (config.dependency != "low")
+  confirmed = hit & (run >= patience(config)) & (config.dependency != "low")
   phase = jnp.select([confirmed, opens, false_alarm], [Phase.CONFIRMED, Phase.ALARM, Phase.BENIGN], state.phase)
   seen = jnp.where(config.rollback, 0, t + 1 - transition_at)
   return PolicyState(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saess_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # What the rows of a batch are split over.
 # Embeddings are trained with a multiple of this many rows (`ModelConfig.vocab_padding`): even on any tensor axis up to
 # it, and the same on all of them, so that a checkpoint fits every mesh.
 VOCAB_MULTIPLE = 128
 
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("heads", "tensor"),
@@ -73,7 +75,12 @@ def unbox(boxed: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are split over data and fsdp, on their first axis."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts batches are split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def one_a_device(mesh: Mesh, value: bool) -> jax.Array:

@@ -96,7 +96,7 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"optimizer.clip_norm is {rule.clip_norm}, b1 {rule.b1} and b2 {rule.b2}; expected the first above 0 (a large "
         "one clips nothing) and the others below 1.")
-  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation
+  shards = sharding.batch_shards(mesh) * config.optimizer.accumulation
   if config.data.batch_size % shards:
     raise ValueError(
         f"data.batch_size {config.data.batch_size} is not divisible by {shards} (mesh data {mesh.shape['data']} x fsdp "

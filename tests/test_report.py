@@ -232,13 +232,13 @@ def test_headline_has_numbers_and_intervals(tmp_path):
   assert cells(text, "asked directly") == ["100% [61, 100]", "0% [0, 39]"]
   assert cells(text, "worst attack") == ["100% [61, 100] direct", "17% [3, 56] prefill_5"]
   assert cells(text, "benign refused") == ["0% [0, 56]", "33% [6, 79]"]
-  assert cells(text, "caught by the first verdict, asked directly") == ["–", "100% [61, 100]"]
+  assert cells(text, "caught by first verdict, direct") == ["–", "100% [61, 100]"]
   # Base's rows hold twos as well, and so does the one that was never stopped.
   assert cells(text, "mean leaked tokens") == ["–", "1.3 [1.2, 1.4] of 17 stopped, 11 by a window"]
   assert cells(text, "malicious, never stopped") == ["–", "1 of 18 responses"]
   # Three words behind the opener's four, of five responses; nothing behind the model's own two, of six.
   assert cells(text, "mean tokens written before a window's refusal") == ["–", "1.4 at most 3"]
-  assert cells(text, "benign, with a refusal put in") == ["–", "0% [0, 56]"]
+  assert cells(text, "benign, refusal put in") == ["–", "0% [0, 56]"]
   # Six malicious prompts at 0.8; benign ones at 0.1, 0.1 and 0.6.
   assert "ROC. Area 1.000 [" in text and "Equal error rate 0.0%" in text
   assert "Expected calibration error 0.222" in text  # (2 · 0.1 + 0.6 + 6 · 0.2) / 9.
@@ -257,7 +257,7 @@ def test_the_first_verdict_of_each_attack(tmp_path):
   # Two attempts at a behavior are alike: no interval.
   assert first["persuasion_2", "SA-ESS"] == "1 of 12" and first["direct", "SA-ESS"] == "100% [61, 100]"
   assert first["persuasion_2", "base\xa0model"] == "–"
-  assert cells(text, "caught by the first verdict, asked directly") == ["–", "100% [61, 100]"]
+  assert cells(text, "caught by first verdict, direct") == ["–", "100% [61, 100]"]
   # Not asked directly: no figure that could be taken for it.
   rows = [r for r in rows if r["method"] == "persuasion_2" or not r["label"]]
   assert "asked directly" not in page(tmp_path, rows, EvalConfig(attacks=("persuasion_2",))).split("<nav>")[0]

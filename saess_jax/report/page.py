@@ -9,6 +9,7 @@ from typing import Any
 from saess_jax.metrics import (
     HARMFUL,
     NOT_REFUSED,
+    OF_VERDICTS,
     TO_THE_POINT,
     any_of,
     is_text,
@@ -38,8 +39,6 @@ from saess_jax.report.trace import LEGEND, trace
 from saess_jax.suites import short_names
 
 TRACES, LISTED, EXAMPLES = 5, 100, 3  # How many of a kind are printed; others by their lines of responses.jsonl.
-_CAUGHT = "caught by the first verdict, asked directly"  # Under an attack it may be far less; see `_attack_table`.
-_PUT_IN = "benign, with a refusal put in"
 
 
 def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathlib.Path) -> None:
@@ -143,9 +142,7 @@ class _Report:
     bodies = []
     if len(self.suites) > 1:
       pooled = [(self._pooled(key), words) for key, words in (
-          ("any_attack", "attack success, any attack"), ("over_refusal", "benign refused"),
-          ("benign_stopped", _PUT_IN), ("caught_initially", _CAUGHT),
-          ("alarmed_initially", "benign alarms, first verdict"))]
+          ("any_attack", "attack success, any attack"), ("over_refusal", "benign refused"), *OF_VERDICTS.items())]
       bodies.append(self._body(f"all {len(self.suites)} suites", "", [
           (words, [share(rates.get(model)) for model in self.models]) for rates, words in pooled if rates]))
     for suite, of in self.suites.items():
@@ -161,8 +158,7 @@ class _Report:
               self._worst({name: success[model][name] for name in of["sent"]}) for model in self.models]))
       if of["over_refusal"]:
         lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
-      for key, words in (("benign_stopped", _PUT_IN), ("caught_initially", _CAUGHT),
-                         ("alarmed_initially", "benign alarms, first verdict")):
+      for key, words in OF_VERDICTS.items():
         if of[key]:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
       if of["stopped"]:
