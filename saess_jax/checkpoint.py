@@ -229,7 +229,11 @@ def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
   with contextlib.redirect_stderr(io.StringIO()):  # Of each array orbax's unfinished reads say a page.
     try:
       yield
+    except MemoryError:
+      raise
     except Exception as error:  # Not chained: its frames keep those reads alive, to speak later.
+      if "RESOURCE_EXHAUSTED" in str(error):  # Of a device's memory; the file is as good as it was.
+        raise
       said = _first_line(error)
     if said:
       gc.collect()

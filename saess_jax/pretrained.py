@@ -214,10 +214,11 @@ def _read_run(
 
   def place(stored: Any) -> Any:
     params = stored["params"]
-    rows = params["embed"]["embedding"].shape[0] if "embed" in params else shape.vocab_size
     stacked = not any(name.startswith("layers_") for name in {**params, **stored.get("lora", {})})
-    places = weights.placement(shape.replace(
-        vocab_padding=rows - shape.vocab_size, scan_layers=stacked, frozen_layers=config.frozen_layers), mesh)
+    rows = [params[name][leaf].shape[axis] for name, leaf, axis in model_lib.VOCAB_LEAVES if name in params]
+    padding = max(rows, default=shape.vocab_size) - shape.vocab_size  # (Of frozen embeddings none were saved.)
+    places = weights.placement(
+        shape.replace(vocab_padding=padding, scan_layers=stacked, frozen_layers=config.frozen_layers), mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     lora = {"lora": jax.tree.map(lambda _: everywhere, stored["lora"])} if "lora" in stored else {}
     return {"params": {name: places[name] for name in params}, **lora}
@@ -225,9 +226,7 @@ def _read_run(
   trained = checkpoints.restore_trainable(step, None if mesh is None else place)
   checkpoints.close()
   unroll = functools.partial(model_lib.unstack_layers, first=config.frozen_layers)
-  params = {**base, **unroll(trained["params"])}
-  padding = len(params["embed"]["embedding"]) - shape.vocab_size
-  params = model_lib.pad_vocab(params, -padding) if padding else params
+  params = {**base, **model_lib.resize_vocab(unroll(trained["params"]), shape.vocab_size)}
   for layer, pairs in unroll(trained.get("lora", {})).items():
     params |= adapters.merge_lora({layer: params[layer]}, {layer: pairs})
     if mesh is None:

@@ -29,7 +29,7 @@ import optax
 import tqdm
 from absl import logging
 
-from saess_jax import adapters, checkpoint, cluster, events, losses, masks, pretrained, runs, sharding, staging
+from saess_jax import adapters, checkpoint, cluster, events, losses, masks, pretrained, runs, sharding, staging, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -166,8 +166,8 @@ def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
   if longest > shape.sliding_window:
     raise ValueError(
         f"Rows are padded to up to {longest} tokens (data.max_length, data.buckets), and the model's sliding window is "
-        f"{shape.sliding_window}, beyond which [CLS] would be lost; lower them, or set model_overrides.sliding_window "
-        "to None.")
+        f"{shape.sliding_window}, beyond which [CLS] would be lost; lower them, or set sliding_window to None: "
+        "--config.model_overrides='{\"sliding_window\": None}'.")
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -228,8 +228,10 @@ def create_state(
   boxed = jax.eval_shape(model.init, rng, jnp.zeros((1, 1), jnp.int32))["params"]
   state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, tx, mesh))
   params = jax.tree.map(
-      lambda box, leaf, place: box.replace_boxed(jax.device_put(leaf.astype(box.value.dtype), place)), boxed,
-      model_lib.pad_vocab(base, model.config.vocab_padding), sharding.shardings(boxed, mesh),
+      lambda box, leaf, place: box.replace_boxed(weights.put(np.asarray(leaf, box.value.dtype), place)),
+      boxed,
+      model_lib.resize_vocab(base, model.config.vocab_size + model.config.vocab_padding),
+      sharding.shardings(boxed, mesh),
       is_leaf=lambda x: isinstance(x, nn.Partitioned))
   create = jax.jit(
       lambda params, rng: sharding.unbox(_state_at_start(config, model, tx, params, rng)),
@@ -291,8 +293,8 @@ def preference_loss(
     return losses.response_log_probs(hidden, head, flat, config.loss, model.config.vocab_size).reshape(-1, 2)
   ours = log_probs({name: variables[name] for name in ("params", "lora") if name in variables})
   loss, right = losses.dpo_loss(ours, log_probs({"params": variables["reference"]}), config.loss.dpo_beta)
-  weights = batch["label_weight"][:, 0] / (total.sequences / 2)
-  loss, right = jnp.sum(weights * loss), jnp.sum(weights * right)
+  share = batch["label_weight"][:, 0] / (total.sequences / 2)
+  loss, right = jnp.sum(share * loss), jnp.sum(share * right)
   return loss, {"loss": loss, "dpo_loss": loss, "dpo_accuracy": right}
 
 
@@ -381,7 +383,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   """Trains to the end, resuming what the workdir holds.
 
   Returns:
-    The last validation's averages.
+    The last validation's averages; {} where nothing was validated, as when the run was at its end already.
 
   Raises:
     ValueError: bad settings or data, a mesh that does not fit, a workdir of another run or of other data; before
@@ -433,7 +435,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     state, state_shardings = create_state(config, model, formed(base | (start.cls if start else {})), tx, mesh)
     if start:
-      lora = jax.tree.map(jax.device_put, formed(start.lora), state_shardings.trainable["lora"])
+      lora = jax.tree.map(weights.put, formed(start.lora), state_shardings.trainable["lora"])
       state = state.replace(trainable=state.trainable | {"lora": lora})
     del base, start
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
@@ -491,10 +493,11 @@ def _resume(
   abstract = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
       state.saved(), shardings.saved())
-  newest = manager.restore_newest(abstract)
-  if newest is None:
+  if not manager.steps():
     return state
-  step, saved, iterator = newest
+  for leaf in jax.tree.leaves(state.saved()):  # Else weights and moments are on the devices twice while these are read.
+    leaf.delete()
+  step, saved, iterator = manager.restore_newest(abstract)
   loader.set_state(iterator)
   if jax.process_index() == 0:
     print(f"Resuming at step {step}.")

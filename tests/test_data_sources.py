@@ -23,10 +23,10 @@ def test_csv_with_all_columns(tmp_path):
 
 def test_several_files_keep_their_order_and_name(tmp_path):
   one = write(tmp_path / "one.jsonl", '{"goal": "a", "label": "unsafe"}\n\n{"goal": "b", "label": 0}\n')
-  two = write(tmp_path / "two.txt", "c\n\n  d e\n")
+  two = write(tmp_path / "two.txt", "c\n\n  d\u2028e\x0c\n")  # A prompt a line, and no other sign ends one.
   rows = sources.read_rows(f"{one}, {two}", default_label="harmful")
   assert [(row.prompt, row.label, row.source) for row in rows] == [
-      ("a", 1, "one.jsonl"), ("b", 0, "one.jsonl"), ("c", 1, "two.txt"), ("  d e", 1, "two.txt")]
+      ("a", 1, "one.jsonl"), ("b", 0, "one.jsonl"), ("c", 1, "two.txt"), ("  d\u2028e\x0c", 1, "two.txt")]
 
 
 @pytest.mark.parametrize("columns, field", [

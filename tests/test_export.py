@@ -19,7 +19,7 @@ from saess_jax import decode, hf, policy
 from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.data.chat import encode_prompt, insert_cls
 from saess_jax.export import export_hf
-from saess_jax.model import Llama, pad_vocab, stack_layers
+from saess_jax.model import Llama, resize_vocab, stack_layers
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "examples" / "torch_reference" / "saess_torch.py"
 SAFETY = SafetyConfig(r1=3, r2=4, r3=2, tau=2, threshold=0.25, schedule="periodic(4)", rollback=True)
@@ -108,7 +108,7 @@ def test_files_of_weights_are_no_larger_than_asked_for(tmp_path):
 
 @pytest.mark.parametrize("break_it, words", [
     (lambda it: {"params": stack_layers(it.params)}, "layers/attn/k/kernel.*unrolled"),
-    (lambda it: {"params": pad_vocab(it.params, 3)}, r"embed/embedding is \(67, 64\).*\(64, 64\)"),
+    (lambda it: {"params": resize_vocab(it.params, 67)}, r"embed/embedding is \(67, 64\).*\(64, 64\)"),
     (lambda it: {"params": {k: v for k, v in it.params.items() if k != "cls_head"}}, "cls_head/bias is absent"),
     (lambda it: {"config": it.config.replace(attention_bias=True, sliding_window=8)}, "both attention_bias and slid"),
     (lambda it: {"safety": SAFETY.replace(schedule=np.ones(4, bool))}, "schedule is an array"),

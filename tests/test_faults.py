@@ -106,6 +106,12 @@ def test_every_damage_is_seen(finished, tmp_path, capsys, harm):
   manager.close()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_memory_that_runs_out_is_no_damage(error, tmp_path):
+  with pytest.raises(type(error)), checkpoint._damage(tmp_path):
+    raise error
+
+
 @pytest.mark.parametrize("harm", [riddle, lambda step: shutil.rmtree(step / "state")])
 def test_research_is_told_which_steps_are_left(finished, tmp_path, harm):
   shutil.copytree(finished[1], tmp_path / "run")

@@ -158,6 +158,17 @@ def test_remat_changes_no_gradient(tiny_params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, other)
 
 
+@pytest.mark.parametrize("matmul_dtype", ["", "bfloat16"])
+def test_remat_computes_again_what_it_says(tiny_params, matmul_dtype):
+  def products(policy):
+    shape = TINY.replace(remat=policy, matmul_dtype=matmul_dtype, scan_layers=True)
+    loss = lambda params: jnp.sum(apply(params, shape).hidden)
+    return str(jax.make_jaxpr(jax.grad(loss))(model.stack_layers(tiny_params))).count("dot_general[")
+  plain = products("none")
+  assert products("dots") - plain == 2  # Scores, and what they weigh.
+  assert products("full") - plain == 8  # Those, q, k, v, o, gate and up; nothing reads down's again.
+
+
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_on_a_cache_equal_one_pass(tiny_params, scan):
   shape = TINY.replace(scan_layers=scan)
@@ -242,6 +253,12 @@ def test_lora_starts_as_nothing_and_merges_into_the_weights(tiny_params, scan):
     ({"kinds": SFT_KINDS, "mask": jnp.ones((2, 12, 12), bool), "probe_visible": jnp.ones((2, 1, 12), bool)},
      "fast path"),
     ({"kinds": SFT_KINDS, "stage": "rlhf"}, "stage is 'rlhf'"),
+    # RoPE would go on counting from one packed example to the next.
+    ({"kinds": SFT_KINDS, "stage": "sft", "segments": jnp.ones((2, 12), jnp.int32),
+      "cls_visible": jnp.ones((2, 1, 12), bool)}, "segments go with kinds, positions and cls_visible"),
+    ({"kinds": SFT_KINDS, "positions": jnp.zeros((2, 12), jnp.int32),
+      "step": attention.Step(slot=0, visible=None, refresh=None, sees_cls=None)},
+     "A step goes with kinds, positions and a cache"),
 ])
 def test_bad_input(tiny_params, how, message):
   with pytest.raises(ValueError, match=message):

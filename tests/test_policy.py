@@ -136,6 +136,7 @@ def test_bad_schedules(bad, message):
 
 @pytest.mark.parametrize("changes, message", [
     ({"dependency": "strong"}, "expected one of low, medium, high"),
+    ({"schedule": "anealing"}, "schedule is 'anealing'; expected one of each"),
     ({"r2": -1}, "r2 is -1; expected 0 or more"), ({"tau": 0}, "tau is 0; expected 1 or more"),
     ({"threshold": 1.5}, "threshold is 1.5; expected 0 to 1"),
     ({"threshold": float("nan")}, "threshold is nan; expected 0 to 1")])

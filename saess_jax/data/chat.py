@@ -135,6 +135,13 @@ def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> l
   return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
+def encode_behind(tokenizer: transformers.PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+  """Token ids of text as it stands behind another: by itself it may get a word start more (SentencePiece)."""
+  head, whole = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+  # Where the two share a token, each has its own: what stands before is there already.
+  return whole[len(head):] if whole[: len(head)] == head else encode_text(tokenizer, text)
+
+
 def encode_response(
     tokenizer: transformers.PreTrainedTokenizerBase, response: str | Sequence[int], max_tokens: int
 ) -> np.ndarray:

@@ -208,8 +208,9 @@ def _bare(example: Example, special_ids: Sequence[int]) -> Example:
   return dataclasses.replace(example, tokens=example.tokens[start:], kinds=example.kinds[start:])
 
 
-def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, str]:
-  """What stands before a refusal, in tokens, and its text."""
+def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfig
+) -> tuple[np.ndarray, str | list[int]]:
+  """What stands before a refusal, in tokens, and the refusal, for `chat.encode_response`."""
   text = row.response or config.safety.fixed_refusal
   if not config.data.refusal_depth:
     return np.zeros(0, np.int32), text
@@ -218,8 +219,9 @@ def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfi
     return np.concatenate([before, np.asarray(gap, np.int32)]), text
   # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
   follows = text[0].lower() + text[1:] if text[1:2].islower() else text
-  prefix = np.asarray(gap + chat.encode_text(tokenizer, config.safety.refusal_prefix), np.int32)
-  return np.concatenate([before, prefix]), f" {follows}"
+  prefix = config.safety.refusal_prefix
+  refusal = [*chat.encode_behind(tokenizer, prefix, f" {follows}"), tokenizer.eos_token_id]
+  return np.concatenate([before, np.asarray(gap + chat.encode_text(tokenizer, prefix), np.int32)]), refusal
 
 
 class Batches(Sequence):

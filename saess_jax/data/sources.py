@@ -284,7 +284,7 @@ def read_jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _read_txt(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
   del name
-  return [(line, {"prompt": content}) for line, content in enumerate(text.splitlines(), 1) if content.strip()]
+  return [(line, {"prompt": content}) for line, content in enumerate(text.split("\n"), 1) if content.strip()]
 
 
 def read_artifact(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:

@@ -48,7 +48,7 @@ def refusal_tokens(row: Row, safety: dict[str, Any]) -> tuple[int, int]:
   """
   if row["intervened_at"] < 0:
     return 0, 0
-  start = max(row["intervened_at"], row["prefix_tokens"])  # A caller's prefix is finished first.
+  start = max(row["intervened_at"], _supplied(row, safety))  # A caller's prefix is finished first.
   wanted = [_squeezed(text) for text in (safety["refusal_prefix"], safety["fixed_refusal"]) if text]
   said = ""
   for stop in range(start, len(row["tokens"])):
@@ -63,8 +63,14 @@ def shown_tokens(row: Row, safety: dict[str, Any]) -> list[bool]:
   start, stop = refusal_tokens(row, safety)
   if start < stop and all(judgement["refused"] for judgement in row["judgements"].values()):
     stop = len(row["tokens"])
-  opener = row["prefix_tokens"] if prefix_is_harmless(row) else 0
+  opener = _supplied(row, safety) if prefix_is_harmless(row) else 0
   return [row["label"] == 0 or i < opener or start <= i < stop for i in range(len(row["tokens"]))]
+
+
+def _supplied(row: Row, safety: dict[str, Any]) -> int:
+  """How many of `row["tokens"]`, from the first on, the caller's prefix gave: rollback from within it ends it there."""
+  cut = safety["rollback"] and row["intervened_at"] > 0
+  return min(row["prefix_tokens"], row["intervened_at"]) if cut else row["prefix_tokens"]
 
 
 def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> str:
