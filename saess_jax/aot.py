@@ -38,7 +38,7 @@ from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama
+from saess_jax.model import Llama, abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def decode_program(
   """
   model = Llama(shape)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  boxed = jax.eval_shape(model.init, key, np.zeros((1, 1), np.int32))["params"]
+  boxed = abstract_params(shape)
   place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   params = jax.tree.map(place, sharding.unbox(boxed), sharding.shardings(boxed, mesh))
   rows = sharding.batch_sharding(mesh)

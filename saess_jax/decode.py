@@ -26,7 +26,7 @@ from saess_jax.attention import Step
 from saess_jax.batching import round_up
 from saess_jax.config import SafetyConfig, dtype_of
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama, Params, init_cache, output_head
+from saess_jax.model import Llama, Params, init_cache, logits_of, output_head
 from saess_jax.sampling import SamplingConfig
 
 MULTIPLE = 32  # Sizes that are not given are multiples of it.
@@ -416,8 +416,7 @@ def _logits(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:
 
   Rows behind the vocabulary (`ModelConfig.vocab_padding`) are no tokens and have no logit.
   """
-  logits = jnp.matmul(hidden, output_head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
-  return logits[:, : model.config.vocab_size]
+  return logits_of(hidden, output_head(params), model.config.vocab_size)
 
 
 def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:

@@ -43,7 +43,7 @@ class FirstWord:
     ids = first_tokens(loaded.tokenizer, words)
     model = Llama(loaded.config.replace(dtype=dtype))
     self._mesh = sharding.make_mesh(MeshConfig(), devices)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = model_lib.abstract_params(model.config)
     self._params = jax.tree.map(jax.device_put, loaded.params, sharding.shardings(boxed, self._mesh))
     self._ask = jax.jit(functools.partial(_ask, model, ids))
 
@@ -73,8 +73,7 @@ def _ask(model: Llama, words, params, tokens: jax.Array, last: jax.Array) -> tup
   """float32 [B, 2]: p and share, int32 [B]: the best token; at index `last` [B] of right-padded `tokens` [B, S]."""
   hidden = model.apply({"params": params}, tokens).hidden
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  head = model_lib.output_head(params).astype(hidden.dtype)
-  logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+  logits = model_lib.logits_of(hidden, model_lib.output_head(params), model.config.vocab_size)
   one, other = (jax.nn.logsumexp(logits[:, np.asarray(ids)], axis=-1) for ids in words)
   share = jnp.exp(jnp.logaddexp(one, other) - jax.nn.logsumexp(logits, axis=-1))
   return jnp.stack([jax.nn.sigmoid(other - one), share], axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)

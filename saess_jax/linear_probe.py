@@ -26,13 +26,12 @@ import numpy as np
 import optax
 import tqdm
 
-from saess_jax import attacks, batching, metrics, pretrained
+from saess_jax import attacks, batching, metrics, pretrained, scores
 from saess_jax import suites as suites_lib
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat, sources
 from saess_jax.masks import TokenKind
 from saess_jax.model import Block, Llama, Params
-from saess_jax.report import scores
 
 PENALTIES = (1e-2, 1e-3)  # Of |w|^2 / 2 beside the mean log-loss.
 _STEP = 32  # Padded lengths are multiples: few are compiled.

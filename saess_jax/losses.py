@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from saess_jax.config import LossConfig
-from saess_jax.model import Output
+from saess_jax.model import Output, logits_of
 
 
 @flax.struct.dataclass
@@ -53,7 +53,7 @@ def cross_entropy_sum(
     float32 scalar.
   """
   def one(hidden, targets, weights):
-    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logits_of(hidden, head)
     if vocab_size is not None and vocab_size < head.shape[1]:
       logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
     return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
@@ -96,8 +96,7 @@ def kl_sum(
   """
   def log_probs(hidden, head):
     picked = jnp.take_along_axis(hidden, batch["kl_positions"][..., None], axis=1)
-    logits = jnp.matmul(picked, head.astype(picked.dtype), preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(logits[..., :vocab_size])
+    return jax.nn.log_softmax(logits_of(picked, head, vocab_size))
   hidden, head = ours
   apart = optax.losses.kl_divergence_with_log_targets(
       log_probs(hidden, jax.lax.stop_gradient(head)), log_probs(*reference))

@@ -276,7 +276,7 @@ class Llama(nn.Module):
       head = self.param("lm_head", lambda key: {"kernel": nn.with_logical_partitioning(
           nn.initializers.normal(c.embed_dim**-0.5), ("embed", "vocab"))(
               key, (c.embed_dim, c.vocab_size + c.vocab_padding), dtype_of(c.param_dtype))})["kernel"]
-    logits = jnp.matmul(hidden[:, :size], head.astype(dtype), preferred_element_type=jnp.float32)[..., : c.vocab_size]
+    logits = logits_of(hidden[:, :size], head, c.vocab_size)
 
     classify = ClsHead(name="cls_head")
     cls_logit = probe_logits = None
@@ -368,6 +368,21 @@ def is_frozen(name: str, config: ModelConfig) -> bool:
   """Whether `config.frozen_layers` keeps gradients from the top-level param `name`; a tied head is an embedding."""
   lowest = {f"layers_{i}" for i in range(config.frozen_layers)}
   return config.frozen_layers > 0 and name in {"embed", "cls_embedding", "frozen_layers"} | lowest
+
+
+def abstract_params(config: ModelConfig) -> Params:
+  """Shapes and dtypes of the params, each with its logical axis names (`nn.LogicallyPartitioned`); no array is made."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(Llama(config).init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+
+
+def logits_of(hidden: jax.Array, head: jax.Array, vocab_size: int | None = None) -> jax.Array:
+  """float32 [..., V] of hidden states [..., D] by a head [D, V or more].
+
+  Args:
+    vocab_size: columns behind it are no tokens (`ModelConfig.vocab_padding`) and get no logit. None: there are none.
+  """
+  return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)[..., :vocab_size]
 
 
 def output_head(params: Params) -> jax.Array:

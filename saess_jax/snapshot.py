@@ -22,7 +22,7 @@ from saess_jax import config as config_lib
 from saess_jax import sharding, staging, weights
 from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig, safety_as_dict
 from saess_jax.hf import Pretrained
-from saess_jax.model import Llama
+from saess_jax.model import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,7 @@ def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) 
   folder = pathlib.Path(folder).expanduser().absolute()
   settings = read_settings(folder)
   config = settings.config.replace(param_dtype=dtype or settings.config.param_dtype)
-  boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))["params"]
-  shapes = sharding.unbox(boxed)
+  shapes = sharding.unbox(abstract_params(config))
   if mesh is None:
     how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), shapes)
   else:

@@ -14,9 +14,10 @@ import math
 import operator
 import pathlib
 import signal
+import threading
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -208,7 +209,7 @@ def abstract_state(
     config: TrainConfig, model: Llama, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state (jax.ShapeDtypeStruct); no array is made."""
   rng = jax.eval_shape(lambda: jax.random.key(config.seed))
-  boxed = jax.eval_shape(model.init, rng, np.zeros((1, 1), np.int32))["params"]
+  boxed = model_lib.abstract_params(model.config)
   state = jax.eval_shape(functools.partial(_state_at_start, config, model, tx), boxed, rng)
   return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), sharding.unbox(state),
@@ -225,7 +226,7 @@ def create_state(
       the model's `param_dtype`.
   """
   rng = jax.random.key(config.seed)
-  boxed = jax.eval_shape(model.init, rng, jnp.zeros((1, 1), jnp.int32))["params"]
+  boxed = model_lib.abstract_params(model.config)
   state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, tx, mesh))
   params = jax.tree.map(
       lambda box, leaf, place: box.replace_boxed(weights.put(np.asarray(leaf, box.value.dtype), place)),
@@ -448,7 +449,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     validate = jax.jit(functools.partial(eval_step, config, model))
     run_validation = lambda state: _evaluate(
         validate, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
-    return _loop(config, workdir, manager, loader, steps, state, update, run_validation)
+    with _wishes_to_stop() as asked:
+      return _loop(config, workdir, manager, loader, steps, state, update, run_validation, asked)
 
 
 def _read_start(config: TrainConfig, shape: model_lib.ModelConfig, base: Any) -> adapters.Adapter:
@@ -504,9 +506,34 @@ def _resume(
   return state.replace(**saved)
 
 
+@contextlib.contextmanager
+def _wishes_to_stop() -> Iterator[set[int]]:
+  """The signals among SIGTERM and Ctrl-C that have come so far, a set that grows; none end the process meanwhile, but
+  for a second Ctrl-C. Only a process's main thread can ask for signals: in another one the set stays empty.
+  """
+  asked = set()
+
+  def ask(number, frame):
+    del frame
+    asked.add(number)
+    if number == signal.SIGINT:
+      signal.signal(number, before[number])
+
+  numbers = {signal.SIGTERM, signal.SIGINT} if threading.current_thread() is threading.main_thread() else set()
+  if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # A job in the background of a shell script.
+    numbers -= {signal.SIGINT}
+  before = {number: signal.signal(number, ask) for number in numbers}
+  try:
+    yield asked
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
 def _loop(
     config: TrainConfig, workdir: pathlib.Path, manager: checkpoint.Checkpoints, loader: pipeline.Loader, steps: int,
-    state: TrainState, update: Callable[..., Any], run_validation: Callable[[TrainState], dict[str, float]]
+    state: TrainState, update: Callable[..., Any], run_validation: Callable[[TrainState], dict[str, float]],
+    asked: set[int]
 ) -> dict[str, float]:
   """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
 
@@ -516,6 +543,7 @@ def _loop(
   Args:
     steps: where the run ends.
     update: (state, this process's rows of a batch, whether it wishes to stop) -> (state, metrics, whether any does).
+    asked: signals to stop that this process got so far.
 
   Returns:
     What was validated last; {} if nothing was.
@@ -523,18 +551,6 @@ def _loop(
   start, rate = int(state.step), learning_rate(config.optimizer, steps)
   first = jax.process_index() == 0
   writer = events.Events(workdir / "tensorboard", start) if first else None
-  asked = set()  # Signals.
-
-  def ask(number, frame):
-    del frame
-    asked.add(number)
-    if number == signal.SIGINT:
-      signal.signal(number, before[number])
-
-  numbers = [signal.SIGTERM, signal.SIGINT]
-  if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # A job in the background of a shell script.
-    numbers.remove(signal.SIGINT)
-  before = {number: signal.signal(number, ask) for number in numbers}
   validated: dict[str, float] = {}
   pending = None  # Step number, metrics and wish to stop, not yet read.
   stop = False  # As all processes know it.
@@ -590,8 +606,6 @@ def _loop(
       manager.close()
     raise
   finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
     if writer:
       with contextlib.suppress(OSError):  # All that belongs to a checkpoint is on the disk already.
         writer.close()

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from saess_jax import sharding
 from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, dtype_of
-from saess_jax.model import Llama
+from saess_jax.model import abstract_params
 
 Shape = tuple[int, ...]
 
@@ -146,8 +146,7 @@ def to_torch_layout(leaf: str, values: np.ndarray, theirs: Shape) -> np.ndarray:
 
 def placement(config: ModelConfig, mesh: Mesh) -> Any:
   """NamedSharding of every parameter, [CLS] included, in the form of layers that `config` says; no array is made."""
-  boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))["params"]
-  return sharding.shardings(boxed, mesh)
+  return sharding.shardings(abstract_params(config), mesh)
 
 
 def put(values: np.ndarray | jax.Array, place: NamedSharding) -> jax.Array:

@@ -56,7 +56,7 @@ def config_of(guard_folder, path, **changes):
 
 
 def read(path):
-  return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+  return [json.loads(line) for line in pathlib.Path(path).read_text().split("\n")[:-1]]
 
 
 @pytest.mark.slow

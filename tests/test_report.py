@@ -12,11 +12,12 @@ import subprocess
 
 import pytest
 
+from saess_jax import scores
 from saess_jax.config import EvalConfig, SafetyConfig
 from saess_jax.judges import make_judge
 from saess_jax.metrics import metrics_of
 from saess_jax.metrics import table as metrics_table
-from saess_jax.report import scores, write_report
+from saess_jax.report import write_report
 from saess_jax.report.shown import attempt_text, refusal_tokens, shown_tokens
 from saess_jax.sampling import SamplingConfig
 

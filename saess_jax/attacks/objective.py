@@ -29,7 +29,7 @@ from saess_jax.attacks.base import Weights
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
-from saess_jax.model import Llama, Params, output_head, with_rows
+from saess_jax.model import Llama, Params, logits_of, output_head, with_rows
 
 CHUNK = 32  # Rows that are scored at once; one compilation serves any number of them.
 SLOTS = 16  # Target slots are a multiple of this, so that targets of like length share a compilation.
@@ -128,12 +128,15 @@ def score(
     slots: T, at least the tokens of any target.
     head: [D, V or more] in place of the model's own (`model.with_rows` changes a tied one).
   """
+  if safety is None:  # [CLS] comes last, where causal order hides it.
+    order = masks.cls_last(rows.kinds)
+    rows = Rows(*(jnp.take_along_axis(x, order, axis=1) for x in (rows.tokens, rows.kinds)))
   at = jnp.arange(slots)
   response = rows.kinds == TokenKind.RESPONSE
   positions = jnp.argmax(response, axis=1)[:, None] + at[None]
   counts = (at[None] < jnp.sum(response, axis=1, keepdims=True)).astype(jnp.float32)
   if safety is None:
-    how = {"mask": masks.attention_mask(rows.kinds, "pretrain")}
+    how = {"stage": "pretrain"}
   else:
     views = policy.view(policy.start(jnp.zeros(slots), safety), at, safety)  # Of a run that is benign all along.
     how = {"stage": "sft", "probe_visible": masks.view_visibility(rows.kinds, views[None])}
@@ -143,9 +146,8 @@ def score(
   pick = lambda x, index: jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1), axis=1)
   hidden = pick(out.hidden, masks.predictor(rows.kinds, positions)[..., None])
   head = output_head(params) if head is None else head
-  logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., : model.config.vocab_size], pick(rows.tokens, positions))
+      logits_of(hidden, head, model.config.vocab_size), pick(rows.tokens, positions))
   lm = jnp.sum(losses * counts, axis=1) / jnp.sum(counts, axis=1)
   if safety is None:
     return Scores(lm, lm, jnp.full_like(lm, jnp.nan), jnp.full_like(lm, jnp.nan))

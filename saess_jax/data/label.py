@@ -30,6 +30,7 @@ import tqdm
 from saess_jax import first_word, hf
 from saess_jax.config import LabelConfig, check_ranges
 from saess_jax.data import chat, sources
+from saess_jax.records import Records
 
 CHUNK = 8  # Batches between two writes.
 WORDS = (("safe",), ("unsafe",))  # What a guard answers; the index is the label.
@@ -149,7 +150,9 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
     path = path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
   claim = {name: getattr(config, name) for name in ("guard", "threshold", "max_tokens", "dtype")} | {
       "sha256": [_sha256(name) for name in _paths(config.corpus)], "shard": shard, "shards": shards}
-  done = _read_own(path, claim)
+  _check_own(path, claim)
+  records = Records(path)
+  done = records.read()
   guard = Guard(hf.load_pretrained(config.guard, config.dtype), config)
   path.parent.mkdir(parents=True, exist_ok=True)
   _record(path).write_text(json.dumps(claim, indent=2) + "\n", encoding="utf-8")
@@ -162,7 +165,7 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
       raise ValueError(
           f"{path} and the corpus, as this guard cuts it, part at document {record['document']}; give another --out.")
   total = len(range(shard, count, shards))
-  with tqdm.tqdm(total=total, desc="label", unit="document") as bar, path.open("a", encoding="utf-8") as file:
+  with tqdm.tqdm(total=total, desc="label", unit="document") as bar:
     malicious, labelled = sum(record["label"] == sources.LABELS[1] for record in done), len(done)
     bar.update(done[-1]["document"] // shards if done else 0)
     while chunk := list(itertools.islice(pieces, CHUNK * config.batch_size)):
@@ -171,13 +174,12 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
         bar.write(
             f'The guard gives "safe" and "unsafe" together {np.median(shares):.0%} of the probability of its first '
             "token: is it a guard, and is its chat template its own?")
-      for piece, probability in zip(chunk, (round(p, 6) for p in probabilities.tolist())):
-        is_malicious = probability >= config.threshold
-        malicious, labelled = malicious + is_malicious, labelled + 1
-        file.write(json.dumps({
-            "text": piece.text, "label": sources.LABELS[is_malicious], "p_unsafe": probability,
-            "document": piece.document, "piece": piece.piece}) + "\n")
-      file.flush()
+      judged = [(piece, round(p, 6)) for piece, p in zip(chunk, probabilities.tolist())]
+      records.append([
+          {"text": piece.text, "label": sources.LABELS[p >= config.threshold], "p_unsafe": p,
+           "document": piece.document, "piece": piece.piece} for piece, p in judged])
+      malicious += sum(p >= config.threshold for _, p in judged)
+      labelled += len(judged)
       bar.update(chunk[-1].document // shards + 1 - bar.n)
     bar.update(total - bar.n)
   print(f"{path}: {total} documents in {labelled} pieces, {malicious} malicious ({malicious / labelled:.2%}).")
@@ -189,10 +191,10 @@ def _record(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f"{path.name}.json")
 
 
-def _read_own(path: pathlib.Path, claim: dict[str, Any]) -> list[dict[str, Any]]:
-  """What this job has written to `path` before; a last line cut short by a crash is dropped."""
+def _check_own(path: pathlib.Path, claim: dict[str, Any]) -> None:
+  """Raises ValueError unless `path` is not there yet, or was begun by this job."""
   if not path.exists():
-    return []
+    return
   if not _record(path).exists():
     raise ValueError(
         f"{path} exists, and {_record(path).name}, which says what it is made from, does not; give another --out.")
@@ -203,11 +205,6 @@ def _read_own(path: pathlib.Path, claim: dict[str, Any]) -> list[dict[str, Any]]
     raise ValueError(
         f"{path} was begun with another corpus or other settings: {'; '.join(different)}. Give another --out, or what "
         "was given then to go on.")
-  text = path.read_text(encoding="utf-8")
-  whole = text[: text.rfind("\n") + 1]
-  if whole != text:
-    path.write_text(whole, encoding="utf-8")
-  return [content for _, content in sources.read_jsonl(whole, path.name)]
 
 
 def _sha256(path: pathlib.Path) -> str:

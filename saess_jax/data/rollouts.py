@@ -7,12 +7,11 @@ already is not sampled again, so an interrupted step goes on where it stopped, a
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 
-from saess_jax import staging
+from saess_jax.records import Records
 
 CHUNK = 128  # Prompts between two writes.
 _DECLINES = re.compile(
@@ -30,20 +29,16 @@ def declines(text: str) -> bool:
 
 
 def read(path: str | pathlib.Path) -> dict[str, list[int]]:
-  """prompt -> token ids of its completion; empty if there is no file. A last line cut short by a crash is dropped.
+  """prompt -> token ids of its completion; empty if there is no file.
 
   Raises:
-    ValueError: any other malformed line, with its number.
+    ValueError: a line that is none, but for a last one that a crash cut short.
   """
-  path, rollouts = pathlib.Path(path), {}
-  lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-  for number, line in enumerate(lines[:-1], 1):
-    try:
-      record = json.loads(line)
-      rollouts[record["prompt"]] = [int(token) for token in record["tokens"]]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path}:{number} is not a rollout ({error}); delete the file to sample it anew.") from error
-  return rollouts
+  try:
+    return {record["prompt"]: list(map(int, record["tokens"])) for record in Records(path).read()}
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+        f"{path} holds something else than rollouts ({error}); delete it to have them sampled anew.") from error
 
 
 def complete(
@@ -57,16 +52,11 @@ def complete(
   Args:
     sample: prompts -> token ids of one completion each.
   """
-  path, known = pathlib.Path(path), read(path)
-  if path.exists():  # Ends the file at its last whole line.
-    whole = path.read_text(encoding="utf-8").rpartition("\n")
-    staging.write_text(path, whole[0] + whole[1])
+  known, records = read(path), Records(path)
   prompts = list(dict.fromkeys(prompts))
   for start in range(0, len(prompts), CHUNK):
     chunk = prompts[start : start + CHUNK]
     if known.keys() >= set(chunk):
       continue
-    with path.open("a", encoding="utf-8") as file:
-      for prompt, tokens in zip(chunk, sample(chunk)):
-        if prompt not in known:
-          file.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
+    records.append([
+        {"prompt": prompt, "tokens": tokens} for prompt, tokens in zip(chunk, sample(chunk)) if prompt not in known])

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from saess_jax import scores
 from saess_jax.metrics import (
     HARMFUL,
     NOT_REFUSED,
@@ -18,7 +19,7 @@ from saess_jax.metrics import (
     silence,
     written_before_stop,
 )
-from saess_jax.report import figures, scores
+from saess_jax.report import figures
 from saess_jax.report.markup import (
     NAMES,
     NONE,
