@@ -283,6 +283,24 @@ def test_each_process_reads_the_rows_that_its_devices_hold(sizes, rows):
   assert [text.splitlines()[-1] for text in output] == [f"{mine} {total} 1.0" for mine in rows]
 
 
+def test_devices_of_two_processes_may_stand_in_any_order():
+  """As on a TPU, where neighbours in a ring may belong to different hosts."""
+  code = (
+      "import numpy as np\n"
+      "from saess_jax import sharding\n"
+      "mesh = jax.sharding.Mesh(np.asarray(jax.devices())[[2, 0, 3, 1]].reshape(1, 4, 1), sharding.AXES)\n"
+      "rows = sharding.rows_here(mesh, 8)\n"
+      "here, place = np.float32([rows, rows]).T, sharding.batch_sharding(mesh)\n"
+      "batch = jax.make_array_from_process_local_data(place, here, (8, 2))\n"
+      "one = jax.jit(lambda x, wishes: ((x[:, 1] * 2.0 ** jax.numpy.arange(8)).sum(), wishes.sum()))\n"
+      "print(rows, *map(float, one(batch, sharding.one_a_device(mesh, jax.process_index() == 1))))\n")
+  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  codes, output = script(code, [env | devices for env in by_hand(2, 47827)])
+  assert codes == [0, 0], output
+  total = sum(i * 2.0 ** i for i in range(8))
+  assert [text.splitlines()[-1] for text in output] == [f"{mine} {total} 2.0" for mine in ([2, 3, 6, 7], [0, 1, 4, 5])]
+
+
 @pytest.mark.parametrize("env", [
     {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
     {"JAX_COORDINATOR_ADDRESS": "host:1"},
