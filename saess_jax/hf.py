@@ -43,7 +43,8 @@ class Pretrained:
   """A model ready for `Llama(config).apply({"params": params}, tokens)`.
 
   Attributes:
-    config: shape; `scan_layers` is False and `param_dtype` that of the params, `dtype` is left at its default.
+    config: shape; `scan_layers` is False and `param_dtype` that of the params. In what is computed (`dtype`) is for the
+      caller to choose.
     params: unrolled tree of `model.py`, [CLS] parameters included; numpy arrays, or jax.Arrays on the mesh asked for.
     tokenizer: with the model's chat template.
     safety: the settings that came with the weights; None: they have none.

@@ -89,7 +89,8 @@ def load_base(
 
 
 def load_for_research(
-    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None, base: str = ""
+    path: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None, base: str = "",
+    dtype: str = "float32",
 ) -> tuple[model_lib.Llama, Any, Any, SafetyConfig]:
   """A model of any kind, ready for `decode`: (model, params, tokenizer, settings).
 
@@ -102,12 +103,15 @@ def load_for_research(
     step: of a run, in place of its best checkpoint.
     base: of an adapter, where its base weights are, if not where its run found them.
     mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
+    dtype: of activations and kv cache. "float32", in which evaluations compute, leaves weights as they are stored (those
+      of a run, and behind an adapter, float32); "bfloat16" makes weights bfloat16 too, all but the [CLS] head.
 
   Raises:
     FileNotFoundError: nothing is there; no checkpoint in a run.
     ValueError: `step` is not there, or goes with weights that have none; what is there is damaged or not supported; the
       base weights of a run are of another shape than the run's.
   """
+  config_lib.dtype_of(dtype)
   if runs.is_run(path):
     loaded = _read_run(path, checkpoint.Checkpoints.best_step if step is None else lambda _: step, mesh)
   elif step is not None:
@@ -119,10 +123,14 @@ def load_for_research(
     loaded = dataclasses.replace(
         loaded, params=adapters.apply(loaded.config, loaded.params, adapter), safety=adapter.safety)
   else:
-    loaded = _read_weights(path, "", mesh)
-  params = loaded.params if mesh is not None else jax.tree.map(jnp.asarray, loaded.params)
+    loaded = _read_weights(path, "" if dtype == "float32" else dtype, mesh)
+  config, params = loaded.config.replace(dtype=dtype), loaded.params
+  if dtype != "float32":
+    narrow = jax.tree.map(lambda leaf: leaf.astype(config_lib.dtype_of(dtype)), params)
+    config, params = config.replace(param_dtype=dtype), narrow | {"cls_head": params["cls_head"]}
+  params = params if mesh is not None else jax.tree.map(jnp.asarray, params)
   safety = SafetyConfig() if loaded.safety is None else loaded.safety
-  return model_lib.Llama(loaded.config.replace(dtype="float32")), params, loaded.tokenizer, safety
+  return model_lib.Llama(config), params, loaded.tokenizer, safety
 
 
 def _read_weights(path: str | pathlib.Path, dtype: str, mesh: Mesh | None) -> hf.Pretrained:

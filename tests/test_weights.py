@@ -65,6 +65,20 @@ def test_research_takes_folders_and_files(tmp_path):
     pretrained.load_for_research("/nowhere")
 
 
+def test_research_in_bfloat16(tmp_path):
+  mesh, loaded = sharding.make_mesh(MESH), hf.load_pretrained(str(case_folder(tmp_path / "plain")))
+  trained = loaded.params | {"cls_embedding": np.ones(64, np.float32)}
+  export_hf(tmp_path / "saess", loaded.config, trained, loaded.tokenizer, SafetyConfig())
+  rounded = {**jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), trained), "cls_head": trained["cls_head"]}
+  for place in (None, mesh):
+    llama, params, *_ = pretrained.load_for_research(tmp_path / "saess", mesh=place, dtype="bfloat16")
+    assert llama.config == loaded.config.replace(dtype="bfloat16", param_dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, rounded)
+    assert jax.tree.map(lambda leaf: leaf.dtype, params) == jax.tree.map(lambda leaf: leaf.dtype, rounded)
+  with pytest.raises(ValueError, match="float16"):
+    pretrained.load_for_research(tmp_path / "saess", dtype="float16")
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
   path = tmp_path_factory.mktemp("data") / "rows.jsonl"
