@@ -103,8 +103,8 @@ def load_for_research(
     step: of a run, in place of its best checkpoint.
     base: of an adapter, where its base weights are, if not where its run found them.
     mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
-    dtype: of activations and kv cache. "float32", in which evaluations compute, leaves weights as they are stored (those
-      of a run, and behind an adapter, float32); "bfloat16" makes weights bfloat16 too, all but the [CLS] head.
+    dtype: of activations and kv cache. "float32", in which evaluations compute, leaves weights as they are stored (of a
+      run, and behind an adapter, in float32); "bfloat16" makes weights bfloat16 too, all but the [CLS] head.
 
   Raises:
     FileNotFoundError: nothing is there; no checkpoint in a run.
