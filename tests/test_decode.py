@@ -42,6 +42,11 @@ def jitted(shape=TINY):
   return jax.jit(functools.partial(decode.decode, model.Llama(shape)))
 
 
+@functools.cache
+def jitted_apply():
+  return jax.jit(model.Llama(TINY).apply)
+
+
 def run(
     params, safety=SafetyConfig(), rows=ROWS, prefixes=None, sampling_config=SAMPLING, tokens=24, shape=TINY, **sizes
 ):
@@ -57,16 +62,43 @@ def pivot(params, quantile=0.5):
 
 def test_plain_greedy_decoding_equals_whole_passes(tiny_params):
   out = run(tiny_params, None, sampling_config=SamplingConfig(), prefixes=[[], [21, 22, 23], []])
+  assert out.lengths.tolist() == [24, 27, 24]
   for row, (tokens, kinds) in enumerate(ROWS):
     prompt = tokens[kinds != TokenKind.CLS].tolist()
     response = out.tokens[row, : out.lengths[row]].tolist()
-    logits = model.Llama(TINY).apply({"params": tiny_params}, jnp.asarray([prompt + response + [0]])).logits[0]
+    logits = model.Llama(TINY).apply({"params": tiny_params}, jnp.asarray([prompt + response])).logits[0]
     forced = [0, 3, 0][row]
     choices = jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist()
-    ended = out.lengths[row] < forced + 24
-    assert choices[forced : len(response)] == response[forced:]
-    assert not ended or choices[len(response)] == Words.eos_token_id
+    assert choices[forced:] == response[forced:]
   assert out.tokens[1, :3].tolist() == [21, 22, 23] and np.isnan(out.initial_prob).all()
+
+
+def test_a_response_ends_before_its_first_stop_token(tiny_params):
+  prompt = decode.pad_prompts(ROWS, [[], [21, 22, 23], []])
+  how = decode.decode_config(Words(), None, SamplingConfig(), 24, buffer=48)
+  whole = jitted()(tiny_params, prompt, jax.random.key(5), how)
+  stop = int(whole.tokens[0, 5])
+  out = jitted()(tiny_params, prompt, jax.random.key(5), how.replace(stop_ids=np.asarray([stop], np.int32)))
+  for row, said in enumerate(np.asarray(whole.tokens).tolist()):
+    length = said.index(stop) if stop in said else int(whole.lengths[row])
+    assert out.lengths[row] == length and out.tokens[row].tolist() == said[:length] + [0] * (48 - length)
+  assert out.lengths[0] <= 5
+
+
+def test_a_stop_token_in_a_prefix_or_a_refusal_stops_nothing(tiny_params):
+  """Nor does one that the model would have said in their place: here it is what it begins with."""
+  stop = int(run(tiny_params, SafetyConfig(threshold=1.0), sampling_config=SamplingConfig()).tokens[0, 0])
+  refusal, prefix = [stop, 12, 13, 14], [stop, 21, stop]
+  prompt = decode.pad_prompts(ROWS[:1] * 3, [[], prefix, []])  # Three rows, as is compiled already.
+  def said(threshold):
+    how = decode.decode_config(Words(), SafetyConfig(threshold=threshold), SamplingConfig(), 24, buffer=48)
+    how = how.replace(stop_ids=np.asarray([stop], np.int32), refusal=np.asarray(BREAK + refusal, np.int32))
+    out = jitted()(tiny_params, prompt, jax.random.key(5), how)
+    return [tokens[:length] for tokens, length in zip(out.tokens.tolist(), out.lengths)]
+  alone, behind, _ = said(0.0)
+  assert alone[:4] == refusal and behind[:8] == prefix + BREAK + refusal
+  alone, behind, _ = said(1.0)  # Nothing intervenes.
+  assert alone == [] and behind[:3] == prefix
 
 
 @pytest.mark.parametrize("dependency", ["low", "medium", "high"])
@@ -89,32 +121,56 @@ def test_the_decoder_does_what_the_policy_says_of_its_verdicts(tiny_params, depe
       assert dependency == "medium" or out.lengths[row] == begin + len(refusal)
 
 
+def stepped(params, row, said, transition_at=-1, intervened_at=99):
+  """(verdict, likeliest next token) after each token of `said`, without the loop, the buffers or the policy's state.
+
+  A batch of one through a fresh cache. [CLS] is asked up to the intervention, which cuts back to the transition.
+  """
+  tokens, kinds = row
+  cache_slots, apply = 64, jitted_apply()
+  first = model.Llama(TINY).apply(
+      {"params": params}, tokens[None], kinds=kinds[None], stage="sft", cache=model.init_cache(TINY, 1, cache_slots))
+  cache, slots = first.cache, np.zeros(cache_slots, int)
+  slots[: len(kinds)] = kinds
+  for t, token in enumerate(said):
+    slots[len(kinds) + t] = TokenKind.RESPONSE
+    window = [len(kinds) + i for i in range(max(0, t - 4), t + 1)]
+    text = slots > TokenKind.CLS
+    visible = np.zeros((1, 2, cache_slots), bool)
+    visible[0, 0, window], visible[0, 1] = True, text
+    step = model.attention.Step(
+        slot=np.asarray(len(kinds) + t), visible=visible, refresh=np.asarray([t < intervened_at]),
+        sees_cls=np.ones(1, bool))
+    out = apply(
+        {"params": params}, np.asarray([[0, token]]), kinds=np.asarray([[TokenKind.CLS, TokenKind.RESPONSE]]),
+        positions=np.asarray([[0, text.sum()]]), cache=cache, step=step)
+    cache = out.cache
+    if t == intervened_at - 1:
+      slots[len(kinds) + transition_at : len(kinds) + intervened_at] = TokenKind.PAD
+    yield jax.nn.sigmoid(out.cls_logit)[0], int(jnp.argmax(out.logits[0, 1]))
+
+
 def test_each_verdict_is_that_of_a_whole_pass_with_the_same_view(tiny_params):
   """Cached equals uncached, with safety on: layer by layer K and V of every token hold the CLS it saw when new."""
   safety = SafetyConfig(r1=4, r2=5, r3=4, threshold=1.0)
   out = run(tiny_params, safety, rows=ROWS[:1])
-  tokens, kinds = ROWS[0]
-  response = out.tokens[0, : out.lengths[0]].tolist()
-  llama, cache_slots = model.Llama(TINY), 64
-  # The reference steps a batch of one through a fresh cache, without the loop, the buffers or the policy's state.
-  first = llama.apply(
-      {"params": tiny_params}, tokens[None], kinds=kinds[None], stage="sft",
-      cache=model.init_cache(TINY, 1, cache_slots))
-  cache, slots = first.cache, np.zeros(cache_slots, int)
-  slots[: len(kinds)] = kinds
-  for t, token in enumerate(response):
-    slots[len(kinds) + t] = TokenKind.RESPONSE
-    window = [len(kinds) + i for i in range(max(0, t - 4), t + 1)]
-    visible = np.zeros((1, 2, cache_slots), bool)
-    visible[0, 0, window], visible[0, 1] = True, slots > TokenKind.CLS
-    step = model.attention.Step(
-        slot=jnp.asarray(len(kinds) + t), visible=jnp.asarray(visible), refresh=jnp.ones(1, bool),
-        sees_cls=jnp.ones(1, bool))
-    stepped = llama.apply(
-        {"params": tiny_params}, jnp.asarray([[0, token]]), kinds=jnp.asarray([[TokenKind.CLS, TokenKind.RESPONSE]]),
-        positions=jnp.asarray([[0, len(kinds) + t]]), cache=cache, step=step)
-    cache = stepped.cache
-    np.testing.assert_allclose(jax.nn.sigmoid(stepped.cls_logit)[0], out.cls_prob[0, t], atol=1e-5)
+  verdicts = [verdict for verdict, _ in stepped(tiny_params, ROWS[0], out.tokens[0, : out.lengths[0]].tolist())]
+  np.testing.assert_allclose(verdicts, out.cls_prob[0, : out.lengths[0]], atol=1e-5)
+
+
+def test_what_follows_a_cut_is_what_a_stepped_pass_says_of_what_stands(tiny_params):
+  """The refusal and the rest have the positions that the text gives them, and see nothing of what was cut."""
+  safety = SafetyConfig(r2=5, threshold=pivot(tiny_params), rollback=True)
+  out = run(tiny_params, safety, sampling_config=SamplingConfig())
+  (row,) = np.flatnonzero(out.transition_at > 0)
+  said, stopped = out.step_tokens[row, : out.steps[row]].tolist(), int(out.intervened_at[row])
+  assert stopped == out.transition_at[row] + safety.tau
+  seen = list(stepped(tiny_params, ROWS[row], said, int(out.transition_at[row]), stopped))
+  np.testing.assert_allclose([verdict for verdict, _ in seen[:stopped]], out.cls_prob[row, :stopped], atol=1e-5)
+  begin = stopped + len(BREAK + REFUSAL)
+  assert said[stopped:begin] == BREAK + REFUSAL
+  assert said[:stopped] == [int(out.tokens[row, 0]), *[token for _, token in seen[: stopped - 1]]]
+  assert said[begin:] == [token for _, token in seen[begin - 1 : -1]] and len(said) == 27
 
 
 def test_rollback_cuts_to_the_transition_and_leaks_nothing(tiny_params):
@@ -132,11 +188,15 @@ def test_rollback_cuts_to_the_transition_and_leaks_nothing(tiny_params):
 
 def test_rollback_reaches_into_a_prefix(tiny_params):
   prefix = list(range(100, 120))
-  safety = SafetyConfig(threshold=pivot(tiny_params), rollback=True, rule2_keeps_query=True)
-  out = run(tiny_params, safety, prefixes=[prefix] * 3)
-  for row in np.flatnonzero((np.asarray(out.transition_at) >= 0) & (np.asarray(out.intervened_at) <= 20)):
+  safety = SafetyConfig(threshold=1.0, rollback=True, rule2_keeps_query=True, heeds_query=False)
+  calm = run(tiny_params, safety, prefixes=[prefix] * 3)
+  out = run(
+      tiny_params, safety.replace(threshold=float(np.quantile(calm.cls_prob[:, :20], 0.5))), prefixes=[prefix] * 3)
+  rows = np.flatnonzero((np.asarray(out.transition_at) > 0) & (np.asarray(out.intervened_at) <= 20))
+  assert len(rows)
+  for row in rows:
     at = int(out.transition_at[row])
-    refusal = BREAK * int(at > 0) + REFUSAL
+    refusal = BREAK + REFUSAL
     assert out.tokens[row, : at + len(refusal)].tolist() == prefix[:at] + refusal
 
 

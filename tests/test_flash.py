@@ -79,11 +79,22 @@ def test_a_mesh_with_other_axes_is_refused():
 
 
 def test_bfloat16_sums_in_float32():
-  attend = lambda kernel: lambda q, k, v: flash.causal_attention(q, k, v, kernel)
-  narrow = values_and_gradients(attend("chunked"), 40, dtype=jnp.bfloat16)
-  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow[1]))
+  attend = lambda q, k, v: flash.causal_attention(q, k, v, "chunked")
+  narrow = values_and_gradients(attend, 40, dtype=jnp.bfloat16)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow))
   reference = values_and_gradients(lambda q, k, v: dense(q, k, v, None, None), 40, dtype=jnp.bfloat16)
   assert_near(narrow[1], reference[1], 0.06)
+  widened = values_and_gradients(
+      lambda q, k, v: dense(*(x.astype(jnp.float32) for x in (q, k, v)), None, None).astype(jnp.bfloat16), 40,
+      dtype=jnp.bfloat16)
+  assert_near(narrow[0], widened[0], 0.01)
+  # Two products forward and five backward read bfloat16 and give float32; of one block all stand in the outer jaxpr.
+  q, k = (jnp.zeros((2, 40, n, 16), jnp.bfloat16) for n in (6, 2))
+  both = jax.make_jaxpr(lambda q, k, v, weight: jax.vjp(attend, q, k, v)[1](weight))(q, k, k, q)
+  products = [equation for equation in both.jaxpr.eqns if equation.primitive.name == "dot_general"]
+  assert len(products) == 7
+  assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype("bfloat16")}
+  assert {v.aval.dtype for e in products for v in e.outvars} == {jnp.dtype("float32")}
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():

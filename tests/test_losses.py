@@ -16,7 +16,7 @@ HIDDEN = jnp.asarray(RNG.normal(size=(3, 7, 4)), jnp.float32)
 HEAD = jnp.asarray(RNG.normal(size=(4, 11)), jnp.float32)
 BATCH = {
     "loss_positions": jnp.asarray([[1, 2, 3, 0], [0, 0, 0, 0], [2, 5, 0, 0]]),
-    "targets": jnp.asarray(RNG.integers(0, 11, (3, 4))),
+    "targets": jnp.asarray(RNG.integers(0, 9, (3, 4))),  # With a vocabulary of nine no target is padding.
     "loss_weights": jnp.asarray([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]], jnp.float32),
     "label": jnp.asarray([1.0, 1.0, 0.0]), "label_weight": jnp.asarray([1.0, 0.0, 1.0]),
     "probe_labels": jnp.asarray([[1.0, 0.0]] * 3), "probe_weights": jnp.asarray([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
@@ -26,13 +26,13 @@ BATCH = {
 OUT = Output(
     hidden=HIDDEN, logits=None, cls_logit=jnp.asarray([2.0, -9.0, 1.0]),
     probe_logits=jnp.asarray([[1.0, -1.0], [3.0, 50.0], [50.0, 50.0]]))
+ROWS = [(0, 1, 0), (0, 2, 1), (0, 3, 2), (2, 2, 0), (2, 5, 1)]  # (sequence, position, target's column)
 
 
 def test_the_loss_is_what_the_paper_says():
   loss, parts = losses.loss_sums(OUT, HEAD, BATCH, losses.totals(BATCH), LossConfig(cls_weight=0.1))
-  rows = [(0, 1, 0), (0, 2, 1), (0, 3, 2), (2, 2, 0), (2, 5, 1)]  # (sequence, position, target's column)
   lm = np.mean([
-      -jax.nn.log_softmax(HIDDEN[b, s] @ HEAD)[BATCH["targets"][b, r]] for b, s, r in rows])
+      -jax.nn.log_softmax(HIDDEN[b, s] @ HEAD)[BATCH["targets"][b, r]] for b, s, r in ROWS])
   bce = lambda logit, label: float(optax.sigmoid_binary_cross_entropy(jnp.asarray(logit), jnp.asarray(label)))
   cls = (bce(2.0, 1.0) + bce(1.0, 0.0)) / 2
   probe = (bce(1.0, 1.0) + bce(-1.0, 0.0) + bce(3.0, 1.0)) / 3
@@ -51,8 +51,12 @@ def test_the_kl_term_looks_from_the_base_at_the_chosen_positions():
     return np.sum(p * np.log(p / q))
   expected = np.mean([kl(0, 0), kl(0, 4), kl(1, 3), kl(2, 6)])
   np.testing.assert_allclose(parts["kl_loss"], expected, rtol=1e-5)
-  without, _ = losses.loss_sums(OUT, HEAD, BATCH, losses.totals(BATCH), LossConfig(cls_weight=0.1), vocab_size=9)
+  without, plain = losses.loss_sums(OUT, HEAD, BATCH, losses.totals(BATCH), LossConfig(cls_weight=0.1), vocab_size=9)
+  assert np.isfinite(without)
   np.testing.assert_allclose(loss, without + 3 * expected, rtol=1e-5)
+  lm = np.mean([-np.log(scipy.special.softmax(np.asarray(HIDDEN[b, s] @ HEAD)[:9])[BATCH["targets"][b, r]])
+                for b, s, r in ROWS])
+  np.testing.assert_allclose([plain["lm_loss"], parts["lm_loss"]], lm, rtol=1e-5)
   to_hidden, to_head = jax.grad(
       lambda hidden, head: losses.kl_sum(base, (hidden, head), BATCH, vocab_size=9), (0, 1))(HIDDEN, HEAD)
   assert not to_head.any() and to_hidden[0, 4].any() and not to_hidden[0, 1].any()

@@ -1,4 +1,4 @@
-"""How sure the next token is: literal distributions, and rows read again as they were decoded."""
+"""How sure the next token is: literal distributions, and stored rows against one pass of the model over them."""
 
 import json
 import re
@@ -10,11 +10,12 @@ import pytest
 from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf, sharpness
+from saess_jax import hf, masks, sharpness
 from saess_jax.attacks import Weights
 from saess_jax.config import SafetyConfig, model_config
-from saess_jax.generate import Generator
-from saess_jax.model import Llama, nn
+from saess_jax.data import chat
+from saess_jax.masks import TokenKind
+from saess_jax.model import Llama
 
 
 def test_literal_distributions():
@@ -27,46 +28,36 @@ def test_literal_distributions():
   assert entropy[1] == pytest.approx(np.log(4))
 
 
-@pytest.mark.parametrize(
-    "safety", [pytest.param(None, marks=pytest.mark.slow), SafetyConfig(dependency="low")])
-def test_a_row_is_read_for_itself(safety):
-  """Whatever the other rows are, and however long a prompt."""
-  llama = Llama(model_config("tiny", scan_layers=False))
-  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
-  tokenizer = hf.byte_tokenizer()
-  generator = Generator(llama, params, tokenizer, safety, max_new_tokens=6, batch_size=4)
-  prompts, prefixes = ["bread", "a long question of bytes", "x"], ["", "Sure", ""]
-  rows = [
-      {"prompt": prompt, "response": r.text, "prefix_tokens": r.prefix_tokens, "tokens": r.tokens,
-       "intervened_at": r.intervened_at}
-      for prompt, r in zip(prompts, generator.respond(prompts, prefixes))]
-  weights = Weights(llama, params, tokenizer, safety)
-  seen = sharpness.of_responses(weights, rows, 4, 512)
-  assert seen.shape == (3, 4, 2) and np.isfinite(seen[:, 0]).all()
-  for row, values in zip(rows, seen):
-    alone = sharpness.of_responses(weights, [row], 4, 512)[0]  # Another place in the list, the same padding.
-    np.testing.assert_array_equal(values, alone)
-    assert (values[np.isfinite(values[:, 1]), 1] >= 1 / 512).all()
-
-
-def test_a_plain_model_is_read_as_in_one_pass():
-  llama = Llama(model_config("tiny", scan_layers=False))
-  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
-  tokenizer = hf.byte_tokenizer()
+def test_a_plain_model_is_read_as_in_one_pass(tiny_params):
+  llama, tokenizer = Llama(model_config("tiny", scan_layers=False)), hf.byte_tokenizer()
   row = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 6, "tokens": list("Sure, flour"),
          "intervened_at": -1}
-  (values,) = sharpness.of_responses(Weights(llama, params, tokenizer, None), [row], 5, 512)
+  (values,) = sharpness.of_responses(Weights(llama, tiny_params, tokenizer, None), [row], 5, 512)
   ids = tokenizer.apply_chat_template(
       [{"role": "user", "content": "bread"}], add_generation_prompt=True, return_dict=False)
   ids += tokenizer("Sure, flour", add_special_tokens=False).input_ids
-  logits = llama.apply({"params": params}, jnp.asarray([ids])).logits[0, -6:-1]  # Before each of " flour"[1:].
+  logits = llama.apply({"params": tiny_params}, jnp.asarray([ids])).logits[0, -6:-1]  # Before each of " flour"[1:].
   np.testing.assert_allclose(values[:, 1], jax.nn.softmax(logits).max(axis=-1), atol=1e-6)
 
 
-def test_what_the_decoder_put_in_is_not_read():
-  llama = Llama(model_config("tiny", scan_layers=False))
-  params = nn.unbox(jax.jit(llama.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"])
-  weights = Weights(llama, params, hf.byte_tokenizer(), None)
+@pytest.mark.parametrize("header_sees_cls", [True, False])
+def test_a_model_with_cls_is_read_as_by_the_dense_mask(tiny_params, header_sees_cls):
+  """From the first token of the response on, before which [CLS] is stored where no header sees it."""
+  llama, tokenizer = Llama(model_config("tiny", scan_layers=False)), hf.byte_tokenizer()
+  weights = Weights(llama, tiny_params, tokenizer, SafetyConfig(), header_sees_cls=header_sees_cls)
+  row = {"prompt": "bread", "response": "Flour", "prefix_tokens": 0, "tokens": list("Flour"), "intervened_at": -1}
+  (values,) = sharpness.of_responses(weights, [row], 5, 512)
+  ids, kinds = chat.encode_prompt(tokenizer, "bread")
+  ids = [0, *ids, *tokenizer("Flour", add_special_tokens=False).input_ids]  # [CLS] in front: a mask serves any order.
+  kinds = jnp.asarray([[TokenKind.CLS, *kinds, *[TokenKind.RESPONSE] * 5]])
+  logits = llama.apply(
+      {"params": tiny_params}, jnp.asarray([ids]), kinds=kinds,
+      mask=masks.attention_mask(kinds, "sft", header_sees_cls)).logits[0, -6:-1]
+  np.testing.assert_allclose(values[:, 1], jax.nn.softmax(logits).max(axis=-1), atol=1e-6)
+
+
+def test_what_the_decoder_put_in_is_not_read(tiny_params):
+  weights = Weights(Llama(model_config("tiny", scan_layers=False)), tiny_params, hf.byte_tokenizer(), None)
   whole = {"prompt": "bread", "response": "Sure, flour", "prefix_tokens": 4, "tokens": list("Sure, flour"),
            "intervened_at": -1}
   read = lambda **changes: int(np.isfinite(sharpness.of_responses(weights, [whole | changes], 9, 8)[0, :, 0]).sum())
