@@ -343,6 +343,44 @@ def test_generator_gives_text_back_in_order(tiny_params):
     make().respond(["a", "b", "c"], ["Sure"])
 
 
+def test_a_response_says_what_a_rollback_into_its_prefix_did(tiny_params):
+  tokenizer, prompts, prefixes = hf.byte_tokenizer(), ["mid one", "a"], ["First, ", "Here is how: "]
+  rows = [chat.insert_cls(*chat.encode_prompt(tokenizer, prompt), "sft", True) for prompt in prompts]
+  prompt = decode.pad_prompts(rows, [chat.encode_text(tokenizer, prefix) for prefix in prefixes], prefix_length=64)
+  decoded = lambda safety: generate._jitted(model.Llama(TINY))[0](  # As the generator's, which compiles nothing more.
+      tiny_params, prompt, jax.random.split(jax.random.key(0), 2),
+      decode.decode_config(tokenizer, safety, max_new_tokens=6, buffer=96))
+  safety = SafetyConfig(threshold=1.0, tau=1, rollback=True, heeds_query=False)
+  calm = decoded(safety)
+  safety = safety.replace(threshold=float(np.nanmax(calm.cls_prob[0])))
+  out = decoded(safety)
+  responses = generate.Generator(
+      model.Llama(TINY), tiny_params, tokenizer, safety, max_new_tokens=6, batch_size=2).respond(prompts, prefixes)
+  cut = int(out.transition_at[0])
+  assert 0 < cut < len(prefixes[0])
+  for row, response in enumerate(responses):
+    tokens, steps = out.tokens[row, : out.lengths[row]].tolist(), int(out.steps[row])
+    assert response.text == tokenizer.decode(tokens) and response.ids[: len(tokens)] == tokens
+    assert response.tokens == [tokenizer.decode([token]) for token in out.step_tokens[row, :steps].tolist()]
+    np.testing.assert_array_equal(response.cls_prob, out.cls_prob[row, :steps])
+    for name in ("intervened_at", "leaked", "evaluations", "initial_prob"):
+      assert getattr(response, name) == getattr(out, name)[row]
+  assert responses[0].text == prefixes[0][:cut] + responses[0].generated
+  assert responses[0].generated.startswith(safety.refusal_break)
+  assert responses[0].prefix_tokens == len(prefixes[0]) and responses[0].leaked == 0
+
+
+def test_a_row_draws_by_its_place_whatever_stands_beside_it(tiny_params):
+  asked = generate.Generator(
+      model.Llama(TINY), tiny_params, hf.byte_tokenizer(), SafetyConfig(dependency="low"), max_new_tokens=6,
+      batch_size=2)
+  prompts, warm = ["long prompt of bytes", "a", "a"], SamplingConfig(temperature=1.0)
+  drawn = [r.ids for r in asked.respond(prompts, sampling=warm)]
+  assert drawn == [r.ids for r in asked.respond(prompts[::-1], sampling=warm, places=[2, 1, 0])][::-1]
+  greedy = [r.ids for r in asked.respond(prompts)]
+  assert drawn[1] != drawn[2] and greedy[1] == greedy[2] and greedy[1] not in drawn
+
+
 @pytest.mark.slow
 def test_the_generator_stores_cls_where_the_run_did(tiny_params):
   loud = {**tiny_params, "cls_embedding": 30 * tiny_params["cls_embedding"]}  # So that who sees it says another thing.

@@ -19,7 +19,7 @@ import pytest
 from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import attacks, evaluation, staging, subjects
+from saess_jax import attacks, decode, evaluation, generate, staging, subjects
 from saess_jax import suites as suites_lib
 from saess_jax.config import (
   EvalConfig,
@@ -29,9 +29,10 @@ from saess_jax.config import (
   model_config,
   to_config_dict,
 )
-from saess_jax.data import sources
+from saess_jax.data import chat, sources
 from saess_jax.evaluate import evaluate
 from saess_jax.evaluation import read_results
+from saess_jax.export import export_hf
 from saess_jax.generate import Generator, Response
 from saess_jax.judges import RefusalJudge
 from saess_jax.metrics import compare, mcnemar, metrics_of, table, wilson_interval
@@ -45,15 +46,17 @@ ANSWER = "Step one: take the blue box."
 
 
 class StandIn:
-  """Refuses as told; counts what it is asked."""
+  """Refuses as told; counts what it is asked, and keeps what came with each prompt."""
 
-  def __init__(self, name, refuses, prob, asked):
+  def __init__(self, name, refuses, prob, asked, sent):
     self.tokenizer, self.context = tiny_tokenizer(), 1024
-    self._name, self._refuses, self._prob, self._asked = name, refuses, prob, asked
+    self._name, self._refuses, self._prob, self._asked, self._sent = name, refuses, prob, asked, sent
 
   def respond(
       self, prompts, prefixes=None, max_new_tokens=None, progress="", sampling=None, places=None, soft_suffixes=None):
     self._asked.append((self._name, len(prompts)))
+    self._sent += [
+        (str(prompt), sampling, soft) for prompt, soft in zip(prompts, soft_suffixes or [None] * len(prompts))]
     assert sampling is None or len(set(places)) == len(prompts)
     return [self._one(prompt, prefix) for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts))]
 
@@ -72,9 +75,9 @@ class StandIn:
         prefix_tokens=0, ids=[])
 
 
-def models(asked=None, identity="weights 1", fails_on=None, forbidden="forbidden"):
+def models(asked=None, identity="weights 1", fails_on=None, forbidden="forbidden", sent=None):
   """base refuses what it is asked "rudely"; saess all that is `forbidden`, short of prefixes over 30 characters."""
-  asked = [] if asked is None else asked
+  asked, sent = [] if asked is None else asked, [] if sent is None else sent
 
   def generator(name, max_new_tokens):
     del max_new_tokens
@@ -82,11 +85,12 @@ def models(asked=None, identity="weights 1", fails_on=None, forbidden="forbidden
       raise KeyboardInterrupt
     if name == "base":
       return StandIn(
-          name, lambda prompt, prefix: "rudely" in str(prompt) and not prefix, lambda prompt: math.nan, asked)
+          name, lambda prompt, prefix: "rudely" in str(prompt) and not prefix, lambda prompt: math.nan, asked,
+          sent)
     caught = lambda prompt: forbidden in str(prompt)
     return StandIn(
         name, lambda prompt, prefix: caught(prompt) and len(prefix) < 30,
-        lambda prompt: 0.9 if caught(prompt) else 0.1, asked)
+        lambda prompt: 0.9 if caught(prompt) else 0.1, asked, sent)
 
   return lambda config: Models(identity, True, generator, None, SafetyConfig())
 
@@ -261,6 +265,44 @@ def test_an_attack_of_several_attempts_succeeds_by_any(config, tmp_path, monkeyp
   assert [r["sampling"]["temperature"] for r in rows if r["attempt"] == 0 and r["variant"] == "warm"] == [0.5] * 8
   victims = [victim for victim, _ in attack.asked]
   assert victims == (["base"] * 4 + ["saess"] * 4 if adaptive else ["base"] * 4)
+
+
+class Soft(attacks.Attack):
+  name = "soft"
+
+  def attempts(self, behaviors, target):
+    return [[attacks.Attempt(behavior, soft_suffix=[[len(behavior), 0.5]])] for behavior in behaviors]
+
+
+def test_how_to_sample_and_free_embeddings_reach_the_model_with_their_prompt(config, tmp_path, monkeypatch):
+  monkeypatch.setitem(attacks.ATTACKS, "twice", Twice)
+  monkeypatch.setitem(attacks.ATTACKS, "soft", Soft)
+  sent = []
+  config = dataclasses.replace(
+      config, attacks=("twice", "soft"), models=("saess",), suites=config.suites.replace("file:", "malicious:"))
+  evaluate(config, tmp_path / "out", models(sent=sent))
+  assert [(sampling.temperature, soft) for _, sampling, soft in sent[:8]] == [(0.5, ())] * 4 + [(0.0, ())] * 4
+  assert len(sent) == 12 and len({prompt for prompt, *_ in sent[8:]}) == 4
+  for prompt, sampling, soft in sent[8:]:
+    assert sampling == SamplingConfig() and soft == [[len(prompt), 0.5]]
+
+
+class Cut(StandIn):
+  """Rollback took the second half of every prefix."""
+
+  def _one(self, prompt, prefix):
+    response = super()._one(prompt, prefix)
+    return dataclasses.replace(response, text=prefix[: len(prefix) // 2] + response.generated)
+
+
+def test_a_refusal_in_place_of_half_a_prefix_is_judged_whole(config, tmp_path):
+  config = dataclasses.replace(
+      config, attacks=("prefill_20",), models=("saess",), suites=config.suites.replace("file:", "malicious:"))
+  cut = lambda name, max_new_tokens: Cut(name, lambda *_: True, lambda _: 0.9, [], [])
+  evaluate(config, tmp_path / "out", lambda config: Models("cut", True, cut, None, SafetyConfig()))
+  rows = [row for row in read_results(tmp_path / "out") if "silent" not in row["prompt"]]
+  assert len(rows) == 3 and all(row["response"] == row["prefix"][: len(row["prefix"]) // 2] + REFUSAL for row in rows)
+  assert all(row["judgements"][judge]["refused"] for row in rows for judge in ("rules", "prefix"))
 
 
 def test_table(config, tmp_path, capsys):
@@ -779,6 +821,27 @@ def test_weights_whose_cls_was_never_trained_are_not_asked_by_it(tmp_path):
 
 
 # ---- With a model
+
+
+def test_a_model_is_asked_in_the_layout_that_it_was_trained_in(tiny_params, tmp_path):
+  safety, tokenizer, layout = SafetyConfig(dependency="low"), tiny_tokenizer(), ("Be kind.", False)
+  loud = {**tiny_params, "cls_embedding": 30 * tiny_params["cls_embedding"]}  # So that who sees it says another thing.
+  export_hf(tmp_path / "model", model_config("tiny", scan_layers=False), loud, tokenizer, safety,
+            system_prompt=layout[0], header_sees_cls=layout[1])
+  models = subjects.load_models(EvalConfig(checkpoint=str(tmp_path / "model"), models=("base", "saess")))
+  weights = models.weights("saess")
+  for read in (weights, models.weights("base")):
+    assert (read.system_prompt, read.header_sees_cls) == layout
+  (said,) = models.generator("saess", 8).respond(["Bake bread"])
+  def by_hand(system_prompt, header_sees_cls):
+    row = chat.insert_cls(
+        *chat.encode_prompt(tokenizer, "Bake bread", system_prompt=system_prompt), "sft", header_sees_cls)
+    out = generate._jitted(weights.model)[0](  # As the generator's, which compiles nothing more.
+        weights.params, decode.pad_prompts([row]), jax.random.split(jax.random.key(0), 1),
+        decode.decode_config(tokenizer, safety, max_new_tokens=8, buffer=32))
+    return float(out.initial_prob[0]), out.tokens[0, : out.lengths[0]].tolist()
+  assert by_hand(*layout) == (said.initial_prob, said.ids[: len(said.tokens)])
+  assert by_hand("", False)[0] != said.initial_prob and by_hand("Be kind.", True)[1] != by_hand(*layout)[1]
 
 
 def test_with_real_tiny_models(config, tmp_path):

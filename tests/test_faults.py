@@ -16,7 +16,7 @@ import pytest
 from test_train import ROOT, scalars, small_config
 
 from saess_jax import checkpoint, checksums, events, pretrained, train
-from saess_jax.config import RolloutConfig
+from saess_jax.config import RolloutConfig, TrainConfig
 from saess_jax.data import rollouts
 
 # Of a damaged checkpoint orbax leaves reads behind that it never awaits.
@@ -129,6 +129,17 @@ def test_bad_metrics_cost_a_step_its_place_as_best_only(finished, tmp_path, caps
   assert manager.restore_newest(abstract(manager))[0] == 6 and manager.best_step() == 3
   assert "no longer counts as the best one" in capsys.readouterr().err
   manager.close()
+
+
+@pytest.mark.parametrize("validated", [
+    [{"cls_accuracy": value, "lm_loss": value} for value in (0.9, 0.5, 0.7)],
+    [{"dpo_accuracy": value} for value in (0.9, 0.5, 0.7)], [{"lm_loss": value} for value in (1.0, 3.0, 2.0)]])
+def test_the_best_step_stays_beside_the_last(tmp_path, validated):
+  manager = checkpoint.Checkpoints(tmp_path, keep_last=1)
+  for step, metrics in enumerate(validated, start=1):
+    manager.save(step, {"w": jnp.ones(3)}, {"next_index": step}, TrainConfig(), metrics)
+  manager.close()
+  assert manager.steps() == [1, 3] and checkpoint.Checkpoints(tmp_path).best_step() == 1
 
 
 def test_no_whole_checkpoint_is_an_error_and_nothing_is_renamed(finished, tmp_path):

@@ -174,12 +174,14 @@ def test_shares_of_queries_are_disguised_and_framed(monkeypatch):
 def test_a_disguise_is_put_on_where_just_one_response_token_would_fit(monkeypatch):
   monkeypatch.setattr(disguises, "draw", lambda text, rng: f"{text} Bake!")
   row = Row("Who bakes?", "", 1, "", "")
-  length = len(chat.encode_prompt(tiny_tokenizer(), f"{row.prompt} Bake!")[0])
+  length = len(chat.encode_prompt(tiny_tokenizer(), f"{row.prompt} Bake!", system_prompt="Be kind.")[0])
   for room, written in ((2, f"{row.prompt} Bake!"), (1, row.prompt)):  # [CLS] and a response token, or [CLS] alone.
     data = dataclasses.replace(
-        CONFIG.data, responses="rollouts", disguises=1.0, max_length=length + room, buckets=(length + room,))
+        CONFIG.data, responses="rollouts", disguises=1.0, max_length=length + room, buckets=(length + room,),
+        system_prompt="Be kind.")
     (example,) = build([row], {}, dataclasses.replace(CONFIG, data=data))
     assert tiny_tokenizer().decode(example.tokens[example.kinds == TokenKind.QUERY]) == written
+    assert "system\nBe kind.<|im_end|>" in tiny_tokenizer().decode(example.tokens)
 
 
 def test_openers_in_training_are_not_those_of_attacks():

@@ -22,7 +22,7 @@ import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, masks, model, pretrained, runs, sharding, subjects, train
+from saess_jax import aot, checkpoint, decode, generate, masks, model, pretrained, runs, sharding, subjects, train
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -35,7 +35,7 @@ from saess_jax.config import (
   SafetyConfig,
   TrainConfig,
 )
-from saess_jax.data import pipeline
+from saess_jax.data import pipeline, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -187,6 +187,21 @@ def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
   for name in metrics:
     np.testing.assert_allclose(packed_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
   assert_same_gradient(moments, packed_moments)
+
+
+def test_rollouts_answer_behind_the_run_s_system_prompt(data, tmp_path):
+  config = small_config(data, rollouts=RolloutConfig(tokens=6, batch_size=1, temperature=0.0))
+  shape, base, tokenizer = pretrained.load_base(config)
+  rows = [sources.Row("good request", "", 0, "", "")]
+  def sampled(name, system_prompt):
+    (tmp_path / name).mkdir()
+    asked = dataclasses.replace(config, data=dataclasses.replace(config.data, system_prompt=system_prompt))
+    return train._sample_rollouts(asked, tmp_path / name, rows, shape, base, tokenizer)
+  said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "good request"}]
+  (by_hand,) = generate.Generator(
+      model.Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, None, max_new_tokens=6, batch_size=1
+  ).respond([said])
+  assert sampled("kind", "Be kind.") == {"good request": by_hand.ids} != sampled("plain", "")
 
 
 def test_no_device_gathers_the_model_or_holds_all_logits(data):
