@@ -422,6 +422,18 @@ def test_what_cannot_be_compared_is_named(config, tmp_path):
     evaluation.main([str(tmp_path / "a"), str(tmp_path / "a"), "--judge", "prefix"])
 
 
+@pytest.mark.parametrize("threshold, caught, alarmed", [(0.95, 0, 0), (0.9, 3, 1), (0.1, 4, 2)])
+def test_a_first_verdict_counts_from_the_threshold_on(config, tmp_path, threshold, caught, alarmed):
+  """The stand-in says 0.9 or 0.1."""
+  evaluate(config, tmp_path / "a", models())
+  plain = json.loads(json.dumps(dataclasses.asdict(
+      dataclasses.replace(config, safety=dataclasses.asdict(SafetyConfig(threshold=threshold))))))
+  (figures,) = metrics_of(read_results(tmp_path / "a"), plain)["figures"].values()
+  assert figures["caught_initially"]["saess"]["count"] == caught
+  assert figures["attacks"]["saess"]["prefill_5"]["first_verdict"]["count"] == caught
+  assert figures["alarmed_initially"]["saess"]["count"] == alarmed
+
+
 def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   evaluate(config, tmp_path / "a", models())
   rows = read_results(tmp_path / "a", ["rules"])

@@ -15,6 +15,7 @@ import sys
 import time
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,21 @@ import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from saess_jax import aot, checkpoint, decode, generate, masks, model, pretrained, runs, sharding, subjects, train
+from saess_jax import (
+  aot,
+  checkpoint,
+  decode,
+  generate,
+  hf,
+  losses,
+  masks,
+  model,
+  pretrained,
+  runs,
+  sharding,
+  subjects,
+  train,
+)
 from saess_jax import config as config_lib
 from saess_jax.config import (
   DataConfig,
@@ -187,6 +202,65 @@ def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
   for name in metrics:
     np.testing.assert_allclose(packed_metrics[name], metrics[name], rtol=1e-5, atol=1e-5)
   assert_same_gradient(moments, packed_moments)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"header_sees_cls": False}, {"cls_sees_response": "malicious"}, {"stage": "pretrain"}])
+def test_the_loss_of_a_batch_is_that_of_the_dense_mask(tiny_params, tmp_path, changes):
+  """In training and in validation; of a malicious and a benign row."""
+  config = small_config(tmp_path, probes=ProbeConfig(per_sequence=0), **changes)
+  config = dataclasses.replace(
+      config, data=dataclasses.replace(config.data, max_length=64, buckets=(64,), batch_size=2))
+  answer = "" if config.stage == "pretrain" else "answer"
+  rows = [sources.Row("bad request", answer, 1, "", ""), sources.Row("good request", answer, 0, "", "")]
+  examples = pipeline.build_examples(hf.byte_tokenizer(), rows, None, config)
+  batch = jax.tree.map(jnp.asarray, pipeline.Batches(examples, config)[0])
+  assert sorted(batch["label"].tolist()) == [0, 1] and batch["loss_weights"].any(axis=1).all()
+  llama = model.Llama(config_lib.model_config("tiny", scan_layers=False))
+  mask = masks.attention_mask(
+      batch["kinds"], config.stage, config.header_sees_cls, config.cls_sees_response, batch["label"] == 1)
+  out = llama.apply({"params": tiny_params}, batch["tokens"], kinds=batch["kinds"], mask=mask)
+  total = losses.totals(batch)
+  loss, parts = losses.loss_sums(out, model.output_head(tiny_params), batch, total, config.loss)
+  ours, our_parts = train.loss_of_batch(config, llama, {"params": tiny_params}, batch, total)
+  assert ours == pytest.approx(float(loss), rel=1e-5)
+  assert our_parts == {name: pytest.approx(float(value), rel=1e-5) for name, value in parts.items()}
+  state = train.TrainState(0, {"params": tiny_params}, None, None, {"params": {}})
+  validated = train._evaluate(functools.partial(train.eval_step, config, llama), state, [batch])
+  assert validated == {name: pytest.approx(float(parts[name]), rel=1e-5) for name in parts if name != "loss"}
+
+
+def test_validation_divides_sums_over_all_batches_by_what_is_counted():
+  batches = [
+      ({"loss": 99.0, "lm_loss": 6.0, "cls_loss": 1.0, "cls_accuracy": 2.0, "probe_loss": 3.0, "probe_accuracy": 0.0,
+        "kl_loss": 8.0, "dpo_loss": 1.5}, losses.Totals(tokens=10.0, sequences=3.0, probes=5.0, compared=2.0)),
+      ({"loss": 99.0, "lm_loss": 2.0, "cls_loss": 1.0, "cls_accuracy": 1.0, "probe_loss": 0.5, "probe_accuracy": 2.0,
+        "kl_loss": 1.0, "dpo_loss": 0.5}, losses.Totals(tokens=6.0, sequences=1.0, probes=2.0, compared=1.0))]
+  assert train._evaluate(lambda state, batch: batch, None, batches) == {
+      "lm_loss": 8 / 16, "cls_loss": 2 / 4, "cls_accuracy": 3 / 4, "probe_loss": 3.5 / 7, "probe_accuracy": 2 / 7,
+      "kl_loss": 9 / 3, "dpo_loss": 2 / 4}
+
+
+def test_the_rate_warms_up_and_falls_to_its_last_fraction():
+  rate = train.learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=2, final_fraction=0.1), 10)
+  np.testing.assert_allclose([rate(step) for step in (0, 1, 2, 6, 10, 99)], [0, 1, 2, 1.1, 0.2, 0.2], rtol=1e-6)
+
+
+def test_only_matrices_decay_and_a_large_gradient_is_clipped():
+  config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1, clip_norm=2.0)
+  tx = train.optimizer(config, 10)
+  ones = lambda *names: {name: jnp.ones(2) for name in names}
+  weights = {
+      "params": {"embed": ones("embedding"), "cls_embedding": jnp.ones(2), "cls_head": ones("kernel", "bias"),
+                 "final_norm": ones("scale")}, "lora": {"q": ones("a", "b")}}
+  state = tx.init(weights)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), state, weights)
+  moved = {path[-1]: update.tolist() for path, update in flax.traverse_util.flatten_dict(updates).items()}
+  still, decayed = [0.0, 0.0], pytest.approx([-0.05, -0.05])
+  assert moved == {"embedding": decayed, "kernel": decayed, "a": decayed, "b": decayed,
+                   "cls_embedding": still, "bias": still, "scale": still}
+  _, state = tx.update(jax.tree.map(lambda x: 100 * x, weights), state, weights)
+  assert optax.global_norm(optax.tree.get(state, "mu")) == pytest.approx(0.1 * 2.0, rel=1e-5)
 
 
 def test_rollouts_answer_behind_the_run_s_system_prompt(data, tmp_path):
