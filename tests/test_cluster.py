@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 from test_train import ONE, ROOT, scalars, small_config
+from xla_flags import CHEAP
 
 from saess_jax import checkpoint, cluster, train
 from saess_jax.config import MeshConfig, RolloutConfig
@@ -60,7 +61,7 @@ def launch(config, workdir, count, envs=({},), file_bytes=()):
     port = free.getsockname()[1]
   runs = []
   for index in range(count):
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": CHEAP, "JAX_PLATFORMS": "cpu"}
     if count > 1:
       env |= {
           "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
@@ -203,7 +204,7 @@ def script(code, envs):
   runs = [
       subprocess.Popen(
           [sys.executable, "-c", f"from saess_jax import cluster\ncluster.start()\nimport jax\n{code}"], cwd=ROOT,
-          env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | env, stdout=subprocess.PIPE,
+          env=os.environ | {"XLA_FLAGS": CHEAP, "JAX_PLATFORMS": "cpu"} | env, stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT, text=True)
       for env in envs]
   try:

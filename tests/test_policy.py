@@ -47,22 +47,26 @@ settings = st.builds(
     schedule=st.one_of(
         st.sampled_from(["each", "first", "annealing", "periodic", "periodic(3)"]),
         st.lists(st.booleans(), min_size=STEPS, max_size=STEPS + 3).map(lambda bits: np.asarray(bits, bool))))
-verdicts = st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.9, float("nan")])
+
+
+def tables(values, *shape):
+  """Arrays of these values, each drawn as a byte: 400 draws of one value each would take longer than the test."""
+  size = int(np.prod(shape))
+  return st.binary(min_size=size, max_size=size).map(
+      lambda drawn: np.asarray(values, np.float32)[np.frombuffer(drawn, np.uint8) % len(values)].reshape(shape))
 
 
 @hypothesis.settings(max_examples=625)  # 16 rows each: 10,000 cases.
 @hypothesis.given(
-    initial=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9]), min_size=16, max_size=16),
-    probs=st.lists(st.lists(verdicts, min_size=STEPS, max_size=STEPS), min_size=16, max_size=16), config=settings)
+    initial=tables([0.1, 0.3, 0.5, 0.9], 16), probs=tables([0.0, 0.3, 0.5, 0.6, 0.9, np.nan], 16, STEPS),
+    config=settings)
 def test_replay_is_the_reference(initial, probs, config):
   scheduled = schedule.as_array(config.schedule, STEPS)
   # With the schedule as data and under jit only the three dependencies are compiled.
-  replay = jitted(np.float32(initial), np.float32(probs), config.replace(schedule=scheduled))
-  replay = jax.device_get(replay)
+  replay = jax.device_get(jitted(initial, probs, config.replace(schedule=scheduled)))
   for row in range(16):
     # The decoder compares in float32; so does the reference.
-    phases, intervened, transition, leaked = reference(
-        np.float32(initial[row]), np.asarray(probs[row], np.float32), config, scheduled)
+    phases, intervened, transition, leaked = reference(initial[row], probs[row], config, scheduled)
     assert replay.phase[row].tolist() == phases
     assert (replay.intervened_at[row], replay.transition_at[row], replay.leaked[row]) == (
         intervened, transition, leaked)
