@@ -16,7 +16,7 @@ import pytest
 from test_train import ROOT, scalars, small_config
 
 from saess_jax import checkpoint, checksums, events, pretrained, train
-from saess_jax.config import RolloutConfig, TrainConfig
+from saess_jax.config import MeshConfig, RolloutConfig, TrainConfig
 from saess_jax.data import rollouts
 
 # Of a damaged checkpoint orbax leaves reads behind that it never awaits.
@@ -33,13 +33,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-  """An undisturbed run of 6 steps with checkpoints 3 and 6."""
+  """An undisturbed run of 6 steps with checkpoints 3 and 6, on a 2 x 2 x 2 mesh."""
   workdir = tmp_path_factory.mktemp("run")
-  config = small_config(data, rollouts=RolloutConfig(enabled=False))
+  config = small_config(data, rollouts=RolloutConfig(enabled=False), mesh=MeshConfig(2, 2, 2))
   return config, workdir, train.train_and_evaluate(config, workdir)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_saved_again(finished, tmp_path, capsys):
+  """The losses of the resumed run are bitwise those of the undisturbed one."""
   config, workdir, validated = finished
   shutil.copytree(workdir, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "tensorboard")
