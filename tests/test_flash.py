@@ -74,7 +74,7 @@ def test_on_a_mesh_as_on_one_device(kernel, heads, kv_heads):
 def test_a_mesh_with_other_axes_is_refused():
   x = jnp.zeros((1, 128, 2, 128))
   with jax.set_mesh(jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("x",))):
-    with pytest.raises(ValueError, match=r"mesh has the axes \('x',\); expected data, fsdp and tensor among them"):
+    with pytest.raises(ValueError, match=r"mesh has the axes \('x',\); expected data, fsdp, tensor among them"):
       flash.causal_attention(x, x, x, "splash")
 
 
