@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -224,8 +223,8 @@ def _judge(
           for row, judgement in zip(rows, judged))
       try:
         write(judge.judge_many([
-            judges.Exchange(row["behavior"], row["response"], os.path.commonprefix([row["response"], row["prefix"]]))
-            for row in rows]))  # Rollback may have cut the prefix short.
+            judges.Exchange(row["behavior"], row["response"], row["response"].removesuffix(row["generated"]))
+            for row in rows]))  # The prefix, or what rollback left of it.
       except judges.ApiError as error:
         write(error.judged)  # What was paid for is kept.
         error.args = (f"{error} What {name} has judged is kept: the same command goes on once this is mended, and "

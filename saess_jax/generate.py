@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -266,7 +265,9 @@ class Generator:
   def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int], limit: int) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
     ended = len(tokens) < len(prefix) + limit
-    stands = len(os.path.commonprefix([tokens.tolist(), prefix]))  # Rollback may have cut into the prefix.
+    stands = len(prefix)
+    if self._safety is not None and self._safety.rollback and result.intervened_at[row] > 0:
+      stands = min(stands, int(result.transition_at[row]))  # It may have cut into the prefix.
     return Response(
         text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[stands:]),
         tokens=[self.tokenizer.decode([token]) for token in result.step_tokens[row, :steps]],

@@ -344,7 +344,8 @@ def test_generator_gives_text_back_in_order(tiny_params):
 
 
 def test_a_response_says_what_a_rollback_into_its_prefix_did(tiny_params):
-  tokenizer, prompts, prefixes = hf.byte_tokenizer(), ["mid one", "a"], ["First, ", "Here is how: "]
+  # The second prefix begins as the refusal does.
+  tokenizer, prompts, prefixes = hf.byte_tokenizer(), ["mid one", "a"], ["First, ", "Sure, here is how: "]
   rows = [chat.insert_cls(*chat.encode_prompt(tokenizer, prompt), "sft", True) for prompt in prompts]
   prompt = decode.pad_prompts(rows, [chat.encode_text(tokenizer, prefix) for prefix in prefixes], prefix_length=64)
   decoded = lambda safety: generate._jitted(model.Llama(TINY))[0](  # As the generator's, which compiles nothing more.
@@ -368,6 +369,7 @@ def test_a_response_says_what_a_rollback_into_its_prefix_did(tiny_params):
   assert responses[0].text == prefixes[0][:cut] + responses[0].generated
   assert responses[0].generated.startswith(safety.refusal_break)
   assert responses[0].prefix_tokens == len(prefixes[0]) and responses[0].leaked == 0
+  assert out.transition_at[1] == 0 and responses[1].text == responses[1].generated == safety.refusal_prefix[:25]
 
 
 def test_a_row_draws_by_its_place_whatever_stands_beside_it(tiny_params):

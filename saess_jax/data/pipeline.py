@@ -381,7 +381,6 @@ class Loader:
   """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read."""
 
   def __init__(self, batches: Batches):
-    self.steps_per_epoch = batches.steps_per_epoch
     self._len = len(batches)
     self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(1, 4)))
 
