@@ -1,6 +1,6 @@
-# make demo: weights, our adapter, attacks before and after, a report. make train: the adapter from scratch, and the same
-# attacks on it. make test: the fast tests. All make .venv themselves; a virtual environment that is active already is
-# used instead.
+# make demo: weights, our adapter, attacks before and after, a report. make train: an adapter from scratch, and the same
+# attacks on it (RUN=runs/other SEED=10: another one). make test: the fast tests. All make .venv themselves; a virtual
+# environment that is active already is used instead.
 
 ifdef VIRTUAL_ENV
 BIN := $(VIRTUAL_ENV)/bin
