@@ -113,14 +113,14 @@ class Checkpoints:
     best = self._manager.best_step()
     return self._manager.latest_step() if best is None else best
 
-  def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest step that is whole: its number, state and iterator's state; None if there is no checkpoint.
+  def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
+    """The newest step that is whole, of those that `steps` names: its number, state and iterator's state.
 
     Damaged steps above it are named on stderr and renamed to STEP.damaged, out of the way of that step's next save.
     All processes take the same step.
 
     Raises:
-      Damaged: there are checkpoints, and none is whole; nothing is renamed.
+      Damaged: none is whole; nothing is renamed.
       ValueError: as `restore`.
     """
     damaged: dict[int, Exception] = {}
@@ -128,15 +128,15 @@ class Checkpoints:
       try:
         state, iterator = self.restore(step, abstract_state)
       except (Damaged, cluster.PeerFailed) as error:
+        if isinstance(error, cluster.PeerFailed) and error.kind != Damaged.__name__:
+          raise  # What ends that process says nothing of the file.
         damaged[step] = error
       else:
         self._set_aside(damaged, step)
         return step, state, iterator
-    if damaged:
-      raise Damaged(
-          f"No checkpoint in {self.folder} can be read. " + " ".join(map(str, damaged.values())) + " Put a copy of "
-          "one there, or delete the folder to train from the beginning.")
-    return None
+    raise Damaged(
+        f"No checkpoint in {self.folder} can be read. " + " ".join(map(str, damaged.values())) + " Put a copy of one "
+        "there, or delete the folder to train from the beginning.")
 
   def _set_aside(self, damaged: dict[int, Exception], used: int) -> None:
     if not damaged:
@@ -232,7 +232,7 @@ def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
     except MemoryError:
       raise
     except Exception as error:  # Not chained: its frames keep those reads alive, to speak later.
-      if "RESOURCE_EXHAUSTED" in str(error):  # Of a device's memory; the file is as good as it was.
+      if "RESOURCE_EXHAUSTED" in str(error):  # Memory, or files that may be open: the fault is not the file's.
         raise
       said = _first_line(error)
     if said:

@@ -26,7 +26,11 @@ _MESSAGE_BYTES = 2048  # Of an error that the other processes are told.
 
 
 class PeerFailed(RuntimeError):
-  """Another process of the run raised an error."""
+  """Another process of the run raised an error; `kind` is the name of its type."""
+
+  def __init__(self, said: str, kind: str):
+    super().__init__(said)
+    self.kind = kind
 
 
 def start() -> None:
@@ -115,7 +119,8 @@ def together(what: str) -> Iterator[bool]:
     raise error
   for process, message in enumerate(said):
     if message:
-      raise PeerFailed(f"Process {process} of {len(said)} failed while {what}: {message}")
+      raise PeerFailed(
+          f"Process {process} of {len(said)} failed while {what}: {message}", kind=message.partition(":")[0])
 
 
 def _exchange(message: str) -> list[str]:

@@ -193,7 +193,7 @@ def decode_config(
     buffer: response slots, by default `buffer_for` max_new_tokens.
 
   Raises:
-    ValueError: max_new_tokens is not positive or exceeds the buffer, an unknown schedule, or an empty refusal.
+    ValueError: max_new_tokens is not positive or exceeds the buffer, or an empty refusal.
   """
   buffer = buffer_for(max_new_tokens, safety) if buffer is None else buffer
   if not 0 < max_new_tokens <= buffer:

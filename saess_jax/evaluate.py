@@ -223,8 +223,9 @@ def _judge(
           for row, judgement in zip(rows, judged))
       try:
         write(judge.judge_many([
-            judges.Exchange(row["behavior"], row["response"], row["response"].removesuffix(row["generated"]))
-            for row in rows]))  # The prefix, or what rollback left of it.
+            judges.Exchange(  # Behind the prefix, or what rollback left of it.
+                row["behavior"], row["response"], row["response"][: len(row["response"]) - len(row["generated"])])
+            for row in rows]))
       except judges.ApiError as error:
         write(error.judged)  # What was paid for is kept.
         error.args = (f"{error} What {name} has judged is kept: the same command goes on once this is mended, and "

@@ -380,7 +380,7 @@ def logits_of(hidden: jax.Array, head: jax.Array, vocab_size: int | None = None)
   """float32 [..., V] of hidden states [..., D] by a head [D, V or more].
 
   Args:
-    vocab_size: columns behind it are no tokens (`ModelConfig.vocab_padding`) and get no logit. None: there are none.
+    vocab_size: columns behind it are no tokens (`ModelConfig.vocab_padding`) and get no logit. None: all columns do.
   """
   return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)[..., :vocab_size]
 

@@ -38,6 +38,11 @@ class Settings(NamedTuple):
   has_cls: bool
 
 
+_SIZES = (
+    "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "tie_embeddings",
+    "attention_bias")  # What weights have, whatever a config says.
+
+
 @functools.lru_cache(maxsize=4)
 def _jitted_init(shape: ModelConfig):
   """Compiled once: a run that goes on from another one asks for its random start several times."""
@@ -71,16 +76,15 @@ def load_base(
   else:
     loaded = _read_weights(config.weights, dtype, mesh)
   shape = loaded.config.replace(**overrides)
+  preset = config_lib.model_config(config.model, **overrides) if config.model else shape
+  wrong = [
+      f"{size} {getattr(loaded.config, size)} for {getattr(preset, size)}" for size in _SIZES
+      if getattr(loaded.config, size) != getattr(preset, size)]
+  if wrong:
+    raise ValueError(
+        f"The weights {config.weights!r} are not a {config.model or 'model of these model_overrides'}: they have "
+        f"{', '.join(wrong)}. Name the model they are, or set model to \"\" to take their shape.")
   if config.model:
-    preset = config_lib.model_config(config.model, **overrides)
-    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-             "tie_embeddings", "attention_bias")
-    wrong = [
-        f"{s} {getattr(shape, s)} for {getattr(preset, s)}" for s in sizes if getattr(shape, s) != getattr(preset, s)]
-    if wrong:
-      raise ValueError(
-          f"The weights {config.weights!r} are not a {config.model}: they have {', '.join(wrong)}. Name the model they "
-          'are, or set model to "" to take their shape.')
     shape = preset.replace(
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
         sliding_window=shape.sliding_window)
@@ -103,8 +107,9 @@ def load_for_research(
     step: of a run, in place of its best checkpoint.
     base: of an adapter, where its base weights are, if not where its run found them.
     mesh: the params go straight onto it (`weights.placement`); without, onto the default device.
-    dtype: of activations and kv cache. "float32", in which evaluations compute, leaves weights as they are stored (of a
-      run, and behind an adapter, in float32); "bfloat16" makes weights bfloat16 too, all but the [CLS] head.
+    dtype: of activations and kv cache. With "float32", in which evaluations compute, weights are float32 too, but for a
+      snapshot's and a run's, which are as they were written; with "bfloat16" all are bfloat16 but the [CLS] head (a
+      run's, and an adapter's base, are read and merged before).
 
   Raises:
     FileNotFoundError: nothing is there; no checkpoint in a run.

@@ -24,7 +24,7 @@ from saess_jax.data import sources
 def is_run(path: str | pathlib.Path) -> bool:
   """Whether `path` is the workdir of a training run; "" is none."""
   folder = pathlib.Path(path).expanduser()
-  return path != "" and (folder / "checkpoints").is_dir() or (folder / "data.json").is_file()
+  return path != "" and ((folder / "checkpoints").is_dir() or (folder / "data.json").is_file())
 
 
 def claim(

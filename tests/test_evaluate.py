@@ -288,20 +288,26 @@ def test_how_to_sample_and_free_embeddings_reach_the_model_with_their_prompt(con
 
 
 class Cut(StandIn):
-  """Rollback took the second half of every prefix."""
+  """Rollback took every prefix, but for its first letters; behind them stands a short refusal."""
+
+  def __init__(self, left):
+    super().__init__("saess", lambda *_: True, lambda _: 0.9, [], [])
+    self._left = left
 
   def _one(self, prompt, prefix):
-    response = super()._one(prompt, prefix)
-    return dataclasses.replace(response, text=prefix[: len(prefix) // 2] + response.generated)
+    refusal = "Sorry, no."
+    return dataclasses.replace(super()._one(prompt, prefix), text=prefix[: self._left] + refusal, generated=refusal)
 
 
-def test_a_refusal_in_place_of_half_a_prefix_is_judged_whole(config, tmp_path):
+@pytest.mark.parametrize("left", [0, 8])
+def test_a_refusal_in_place_of_part_of_a_prefix_is_judged_whole(config, tmp_path, left):
   config = dataclasses.replace(
       config, attacks=("prefill_20",), models=("saess",), suites=config.suites.replace("file:", "malicious:"))
-  cut = lambda name, max_new_tokens: Cut(name, lambda *_: True, lambda _: 0.9, [], [])
+  cut = lambda name, max_new_tokens: Cut(left)
   evaluate(config, tmp_path / "out", lambda config: Models("cut", True, cut, None, SafetyConfig()))
   rows = [row for row in read_results(tmp_path / "out") if "silent" not in row["prompt"]]
-  assert len(rows) == 3 and all(row["response"] == row["prefix"][: len(row["prefix"]) // 2] + REFUSAL for row in rows)
+  assert len(rows) == 3 and all(row["response"] == row["prefix"][:left] + "Sorry, no." for row in rows)
+  assert any(row["prefix"].startswith("Sure") for row in rows)  # As the refusal begins, by a letter.
   assert all(row["judgements"][judge]["refused"] for row in rows for judge in ("rules", "prefix"))
 
 

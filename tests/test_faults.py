@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, scalars, small_config
 
-from saess_jax import checkpoint, checksums, events, pretrained, train
+from saess_jax import checkpoint, checksums, events, pretrained, runs, train
 from saess_jax.config import MeshConfig, RolloutConfig, TrainConfig
 from saess_jax.data import rollouts
 
@@ -105,6 +105,11 @@ def test_every_damage_is_seen(finished, tmp_path, capsys, harm):
   assert said.startswith(str(tmp_path / "checkpoints" / "6 is damaged (")) and len(said) < 600, said
   assert manager.steps() == [3] and manager.latest_step() == manager.best_step() == 3
   manager.close()
+
+
+def test_a_workdir_s_own_folder_is_no_run_by_an_empty_name(finished, monkeypatch):
+  monkeypatch.chdir(finished[1])
+  assert runs.is_run(".") and not runs.is_run("")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])

@@ -262,6 +262,8 @@ def test_pretraining_then_sft_then_decode(folder, tmp_path):
   assert 0 < response.initial_prob < 1 and len(response.cls_prob) > 0
   with pytest.raises(ValueError, match="are not a smollm2_135m: they have vocab_size 260 for 49152"):
     pretrained.load_base(dataclasses.replace(sft, model="smollm2_135m", model_overrides={}))
+  with pytest.raises(ValueError, match="are not a model of these model_overrides: they have vocab_size 260 for 276"):
+    pretrained.load_base(dataclasses.replace(sft, model="", model_overrides={"vocab_size": 276}))
 
 
 @pytest.mark.parametrize("change, message", [

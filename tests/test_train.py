@@ -162,6 +162,24 @@ def assert_same_gradient(moments, other):
   assert all(leaf.any() for leaf in jax.tree.leaves(moments))
 
 
+def test_a_run_resumes_in_the_memory_that_it_trains_in(data, tmp_path):
+  """What it began with is off the devices before the checkpoint is read; the frozen base stays."""
+  config = small_config(data, mesh=ONE, loss=LossConfig(kl_weight=0.5))
+  _, _, state = first_step(config, jax.devices()[:1])
+  loader = pipeline.Loader(pipeline.Batches(pipeline.build_examples(
+      hf.byte_tokenizer(), sources.load_split(str(data), "train"), None, config), config))
+  manager = checkpoint.Checkpoints(tmp_path)
+  manager.save(1, state.saved(), loader.get_state(), config, None)
+  manager.close()
+  manager = checkpoint.Checkpoints(tmp_path)
+  saved, places = jax.device_get(state.saved()), jax.tree.map(lambda leaf: leaf.sharding, state)
+  resumed = train._resume(manager, state, places, loader)
+  manager.close()
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.saved()))
+  jax.tree.map(np.testing.assert_array_equal, resumed.saved(), saved)
+  assert resumed.frozen is state.frozen and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.frozen))
+
+
 @pytest.mark.parametrize(
     "lora, accumulation", [(LoraConfig(), 1), pytest.param(LoraConfig(rank=4), 2, marks=pytest.mark.slow)])
 def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, accumulation):

@@ -208,8 +208,8 @@ def _bare(example: Example, special_ids: Sequence[int]) -> Example:
   return dataclasses.replace(example, tokens=example.tokens[start:], kinds=example.kinds[start:])
 
 
-def _refusal(tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfig
-) -> tuple[np.ndarray, str | list[int]]:
+def _refusal(
+    tokenizer, row: sources.Row, before: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, str | list[int]]:
   """What stands before a refusal, in tokens, and the refusal, for `chat.encode_response`."""
   text = row.response or config.safety.fixed_refusal
   if not config.data.refusal_depth:

@@ -34,9 +34,10 @@ def read(path: str | pathlib.Path) -> dict[str, list[int]]:
   Raises:
     ValueError: a line that is none, but for a last one that a crash cut short.
   """
+  records = Records(path).read()
   try:
-    return {record["prompt"]: list(map(int, record["tokens"])) for record in Records(path).read()}
-  except (KeyError, TypeError) as error:
+    return {record["prompt"]: list(map(int, record["tokens"])) for record in records}
+  except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
         f"{path} holds something else than rollouts ({error}); delete it to have them sampled anew.") from error
 

@@ -6,7 +6,6 @@ from the refusal on that decoding put in. What a model complied with stays in re
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -87,7 +86,7 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
   all_agree = all(judgement["refused"] for judgement in row["judgements"].values())
   # Behind what the attacker wrote, which may hold the same words; if they come twice, from the last time on.
   begins = max(row["response"].rfind(text) for text in (safety["refusal_prefix"], safety["fixed_refusal"]) if text)
-  behind = begins >= len(os.path.commonprefix([row["response"], row["prefix"]]))
+  behind = begins >= len(row["response"]) - len(row["generated"])
   if start < stop and all_agree and begins >= 0 and behind:
     return f"refused: “{shorten(row['response'][begins:], limit)}”"
   return "refused in its own words"
