@@ -231,7 +231,7 @@ class Llama(nn.Module):
       segments: int32 [B, S], which of the packed examples a token belongs to, from 1; 0 is padding. Then give
         positions and cls_visible too (`masks.apart` helps).
       cache: from `init_cache`; a full sequence fills slots 0..S-1, a step one more.
-      step: decoding: tokens are [B, 1], or [B, 2] with CLS first; needs kinds, positions and cache.
+      step: decoding: tokens are [B, 1], or [B, 2] with CLS first and kinds; needs positions and cache.
 
     Raises:
       ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, segments or a step
@@ -240,8 +240,8 @@ class Llama(nn.Module):
     if segments is not None and (kinds is None or positions is None or cls_visible is None or cls_visible.ndim != 3):
       raise ValueError(
           "segments go with kinds, positions and cls_visible [B, E, S], one row for each packed example.")
-    if step is not None and (kinds is None or positions is None or cache is None):
-      raise ValueError("A step goes with kinds, positions and a cache.")
+    if step is not None and (positions is None or cache is None):
+      raise ValueError("A step goes with positions and a cache.")
     c, dtype = self.config, dtype_of(self.config.dtype)
     embedding = self.param(
         "embed", lambda key: {"embedding": nn.with_logical_partitioning(

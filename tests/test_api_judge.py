@@ -122,7 +122,7 @@ def test_what_never_reached_a_server_costs_nothing(server, monkeypatch):
 
 def test_a_stopped_judge_keeps_its_verdicts_and_the_command_goes_on(server, tmp_path):
   rows = [{"suite": "s", "method": "direct", "model": "base", "index": i, "attempt": 0, "behavior": row.prompt,
-           "response": row.response, "prefix": ""} for i, row in enumerate(ROWS)]
+           "response": row.response, "generated": row.response} for i, row in enumerate(ROWS)]
   server.replies = [graded(0, 5, 5), (401, b"bad key"), graded(1, 1, 1), graded(1, 1, 1)]
   records = Records(tmp_path / "openai.jsonl")
   with pytest.raises(ApiError, match="bad key .* What openai has judged is kept: .* once this is mended"):

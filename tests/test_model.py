@@ -258,7 +258,7 @@ def test_lora_starts_as_nothing_and_merges_into_the_weights(tiny_params, scan):
       "cls_visible": jnp.ones((2, 1, 12), bool)}, "segments go with kinds, positions and cls_visible"),
     ({"kinds": SFT_KINDS, "positions": jnp.zeros((2, 12), jnp.int32),
       "step": attention.Step(slot=0, visible=None, refresh=None, sees_cls=None)},
-     "A step goes with kinds, positions and a cache"),
+     "A step goes with positions and a cache"),
 ])
 def test_bad_input(tiny_params, how, message):
   with pytest.raises(ValueError, match=message):
