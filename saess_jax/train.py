@@ -440,7 +440,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
       state = state.replace(trainable=state.trainable | {"lora": lora})
     del base, start
     manager = checkpoint.Checkpoints(workdir, config.keep_last)
-    state = _resume(manager, state, state_shardings, loader)
+    state = _resume(manager, state, loader)
     # The wish to stop, a bool a device, is summed up by the step's program: all processes read it with the metrics.
     step = jax.jit(
         lambda state, batch, wishes: (*train_step(config, model, tx, state, batch), jnp.any(wishes)),
@@ -489,14 +489,14 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
       matmul_dtype=config.matmul_dtype or shape.matmul_dtype)
 
 
-def _resume(
-    manager: checkpoint.Checkpoints, state: TrainState, shardings: TrainState, loader: pipeline.Loader
-) -> TrainState:
-  abstract = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      state.saved(), shardings.saved())
+def _resume(manager: checkpoint.Checkpoints, state: TrainState, loader: pipeline.Loader) -> TrainState:
+  """The state of the newest checkpoint that is whole, laid out as `state`, with the loader at its batch; `state` itself
+  where there is no checkpoint.
+  """
   if not manager.steps():
     return state
+  abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.saved())
   for leaf in jax.tree.leaves(state.saved()):  # Else weights and moments are on the devices twice while these are read.
     leaf.delete()
   step, saved, iterator = manager.restore_newest(abstract)
