@@ -9,15 +9,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-import io
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,12 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import checksums, cluster, events
+from saess_jax import checksums, cluster, damage, events
 from saess_jax.config import TrainConfig
-
-
-class Damaged(ValueError):
-  """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
 
 class SaveFailed(RuntimeError):
@@ -99,7 +92,7 @@ class Checkpoints:
     return SaveFailed(
         f"Checkpoint {step} could not be written to {self.folder}, where {disk.free / 2**20:,.0f} of "
         f"{disk.total / 2**20:,.0f} MiB are free; {last}. Make room there, then give the same command to go on from "
-        f"it. The cause: {_first_line(error)}")
+        f"it. The cause: {damage.first_line(error)}")
 
   def steps(self) -> list[int]:
     """Those whose writing was completed, in order."""
@@ -120,21 +113,21 @@ class Checkpoints:
     All processes take the same step.
 
     Raises:
-      Damaged: none is whole; nothing is renamed.
+      damage.Damaged: none is whole; nothing is renamed.
       ValueError: as `restore`.
     """
     damaged: dict[int, Exception] = {}
     for step in reversed(self.steps()):
       try:
         state, iterator = self.restore(step, abstract_state)
-      except (Damaged, cluster.PeerFailed) as error:
-        if isinstance(error, cluster.PeerFailed) and error.kind != Damaged.__name__:
+      except (damage.Damaged, cluster.PeerFailed) as error:
+        if isinstance(error, cluster.PeerFailed) and error.kind != damage.Damaged.__name__:
           raise  # What ends that process says nothing of the file.
         damaged[step] = error
       else:
         self._set_aside(damaged, step)
         return step, state, iterator
-    raise Damaged(
+    raise damage.Damaged(
         f"No checkpoint in {self.folder} can be read. " + " ".join(map(str, damaged.values())) + " Put a copy of one "
         "there, or delete the folder to train from the beginning.")
 
@@ -156,14 +149,14 @@ class Checkpoints:
       abstract_state: tree of jax.ShapeDtypeStruct, with shardings to place the arrays on a mesh.
 
     Raises:
-      Damaged: a file is missing or cut short, or an array is not what was saved; PeerFailed where only another process
-        finds it so.
+      damage.Damaged: a file is missing or cut short, or an array is not what was saved; PeerFailed where only another
+        process finds it so.
       ValueError: the checkpoint is of another model or optimizer; the first array that differs is named.
     """
     folder = self.folder / str(step)
     # By the handlers, not by the manager: its barrier after reading is not reached by a process that cannot read.
     with cluster.together(f"reading {folder}"):
-      with _damage(folder):
+      with damage.named(folder):
         stored = _shapes(self._manager.item_metadata(step)["state"].tree)
       expected = _shapes(abstract_state)
       for name in sorted(stored.keys() | expected.keys()):
@@ -171,10 +164,10 @@ class Checkpoints:
           raise ValueError(
               f"{folder} is a checkpoint of another model: {name} is {stored.get(name, 'absent')} there, and "
               f"{expected.get(name, 'absent')} in this model. Give the config it was made with.")
-      with _damage(folder):
+      with damage.named(folder):
         state = self._handlers["state"].restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
         saved, iterator = (self._handlers[name].restore(folder / name) for name in ("checksums", "iterator"))
-    with _damage(folder):
+    with damage.named(folder):
       checksums.compare(state, saved)  # Over all devices, so that each process finds the same.
     return state, iterator
 
@@ -185,11 +178,11 @@ class Checkpoints:
       place: the tree of what was saved (leaves with a shape) -> its shardings.
 
     Raises:
-      Damaged: as `restore`; the other steps are named.
+      damage.Damaged: as `restore`; the other steps are named.
     """
     folder = self.folder / str(step)
     others = ", ".join(str(other) for other in self.steps() if other != step)
-    with _damage(folder, f" Load another step: {others}." if others else ""):
+    with damage.named(folder, f" Load another step: {others}." if others else ""):
       stored = self._manager.item_metadata(step)["state"].tree["trainable"]
       wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
       how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
@@ -220,30 +213,6 @@ def _wait_for_others(key: str, timeout_ms: int) -> None:
   """
   if sys.exc_info()[1] is None:
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-@contextlib.contextmanager
-def _damage(path: pathlib.Path, advice: str = "") -> Iterator[None]:
-  """What orbax, tensorstore and JSON raise for a file that is missing, cut short or overwritten, as `Damaged`."""
-  said = None
-  with contextlib.redirect_stderr(io.StringIO()):  # Of each array orbax's unfinished reads say a page.
-    try:
-      yield
-    except MemoryError:
-      raise
-    except Exception as error:  # Not chained: its frames keep those reads alive, to speak later.
-      if "RESOURCE_EXHAUSTED" in str(error):  # Memory, or files that may be open: the fault is not the file's.
-        raise
-      said = _first_line(error)
-    if said:
-      gc.collect()
-  if said:
-    raise Damaged(f"{path} is damaged ({said}).{advice}")
-
-
-def _first_line(error: Exception) -> str:
-  """Behind it tensorstore says a page of its settings."""
-  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

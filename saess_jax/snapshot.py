@@ -19,7 +19,7 @@ import transformers
 from jax.sharding import Mesh
 
 from saess_jax import config as config_lib
-from saess_jax import sharding, staging, weights
+from saess_jax import damage, sharding, staging, weights
 from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig, safety_as_dict
 from saess_jax.hf import Pretrained
 from saess_jax.model import abstract_params
@@ -95,7 +95,8 @@ def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) 
     dtype: of the params ([CLS] head apart, which is float32 always); "": as they were written.
 
   Raises:
-    ValueError: the folder is damaged.
+    ValueError: snapshot.json is not what `write` writes.
+    damage.Damaged: the params cannot be read.
   """
   folder = pathlib.Path(folder).expanduser().absolute()
   settings = read_settings(folder)
@@ -107,10 +108,7 @@ def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) 
     how = jax.tree.map(
         lambda leaf, place: ocp.ArrayRestoreArgs(sharding=place, global_shape=leaf.shape, dtype=leaf.dtype),
         shapes, weights.placement(config, mesh))
-  try:
+  with damage.named(folder / "params", " Write the folder again (saess_jax.convert)."):
     params = ocp.PyTreeCheckpointer().restore(
         folder / "params", args=ocp.args.PyTreeRestore(item=shapes, restore_args=how))
-  except Exception as error:  # Whatever orbax and tensorstore say of a file that is missing or cut short.
-    first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    raise ValueError(f"{folder / 'params'} is damaged ({first}); write the folder again (saess_jax.convert).") from None
   return Pretrained(config, params, read_tokenizer(folder), settings.safety)

@@ -390,7 +390,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     ValueError: bad settings or data, a mesh that does not fit, a workdir of another run or of other data; before
       anything is written.
     Diverged: the loss is not finite; the last good checkpoint stays.
-    checkpoint.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
+    damage.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.
   """
   with cluster.together("checking settings, data and weights"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import ROOT, scalars, small_config
 
-from saess_jax import checkpoint, checksums, events, pretrained, runs, train
+from saess_jax import checkpoint, checksums, damage, events, pretrained, runs, train
 from saess_jax.config import MeshConfig, RolloutConfig, TrainConfig
 from saess_jax.data import rollouts
 
@@ -114,7 +114,7 @@ def test_a_workdir_s_own_folder_is_no_run_by_an_empty_name(finished, monkeypatch
 
 @pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
 def test_memory_that_runs_out_is_no_damage(error, tmp_path):
-  with pytest.raises(type(error)), checkpoint._damage(tmp_path):
+  with pytest.raises(type(error)), damage.named(tmp_path):
     raise error
 
 
@@ -123,7 +123,7 @@ def test_research_is_told_which_steps_are_left(finished, tmp_path, harm):
   shutil.copytree(finished[1], tmp_path / "run")
   assert pretrained.load_for_research(tmp_path / "run", step=6)
   harm(tmp_path / "run" / "checkpoints" / "6")
-  with pytest.raises(checkpoint.Damaged, match="checkpoints/6 is damaged .*Load another step: 3"):
+  with pytest.raises(damage.Damaged, match="checkpoints/6 is damaged .*Load another step: 3"):
     pretrained.load_for_research(tmp_path / "run", step=6)
   assert pretrained.load_for_research(tmp_path / "run", step=3)
 
@@ -155,7 +155,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_renamed(finished, tmp_pa
   for step in ("3", "6"):
     (folder / step / "state" / "_METADATA").unlink()
   before = sorted(folder.rglob("*"))
-  with pytest.raises(checkpoint.Damaged, match=f"No checkpoint in {folder} can be read.*/6 is damaged.*/3 is damaged"):
+  with pytest.raises(damage.Damaged, match=f"No checkpoint in {folder} can be read.*/6 is damaged.*/3 is damaged"):
     train.train_and_evaluate(config, tmp_path / "run")
   assert before == sorted(folder.rglob("*"))
 

@@ -166,7 +166,7 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
           f"{path} and the corpus, as this guard cuts it, part at document {record['document']}; give another --out.")
   total = len(range(shard, count, shards))
   with tqdm.tqdm(total=total, desc="label", unit="document") as bar:
-    malicious, labelled = sum(record["label"] == sources.LABELS[1] for record in done), len(done)
+    malicious, labelled = _malicious(done), len(done)
     bar.update(done[-1]["document"] // shards if done else 0)
     while chunk := list(itertools.islice(pieces, CHUNK * config.batch_size)):
       probabilities, shares = guard.p_unsafe([piece.text for piece in chunk])
@@ -174,16 +174,21 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
         bar.write(
             f'The guard gives "safe" and "unsafe" together {np.median(shares):.0%} of the probability of its first '
             "token: is it a guard, and is its chat template its own?")
-      judged = [(piece, round(p, 6)) for piece, p in zip(chunk, probabilities.tolist())]
-      records.append([
+      lines = [
           {"text": piece.text, "label": sources.LABELS[p >= config.threshold], "p_unsafe": p,
-           "document": piece.document, "piece": piece.piece} for piece, p in judged])
-      malicious += sum(p >= config.threshold for _, p in judged)
-      labelled += len(judged)
+           "document": piece.document, "piece": piece.piece}
+          for piece, p in zip(chunk, (round(p, 6) for p in probabilities.tolist()))]
+      records.append(lines)
+      malicious += _malicious(lines)
+      labelled += len(lines)
       bar.update(chunk[-1].document // shards + 1 - bar.n)
     bar.update(total - bar.n)
   print(f"{path}: {total} documents in {labelled} pieces, {malicious} malicious ({malicious / labelled:.2%}).")
   return path
+
+
+def _malicious(lines: Sequence[dict[str, Any]]) -> int:
+  return sum(line["label"] == sources.LABELS[1] for line in lines)
 
 
 def _record(path: pathlib.Path) -> pathlib.Path:
