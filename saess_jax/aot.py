@@ -33,7 +33,7 @@ from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saess_jax import attention, command, decode, sharding, train
+from saess_jax import attention, command, decode, preflight, sharding, train
 from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
@@ -283,7 +283,7 @@ def report_train(config: TrainConfig, topology: str) -> dict[str, Any]:
   """
   chip, devices = devices_of(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  train.check(config, mesh)
+  preflight.check(config, mesh)
   if config.objective != "saess":
     raise ValueError(f"objective is {config.objective!r}; expected saess: what is reported is what the signal costs.")
   shape = train.config_of_training(config, config_lib.model_config(config.model, **config.model_overrides))

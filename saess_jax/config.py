@@ -64,6 +64,11 @@ class ModelConfig:
   remat: str = "none"
   frozen_layers: int = 0  # Lowest layers that no gradient reaches, nor the embeddings below; a stack of their own.
 
+  @property
+  def context(self) -> int:
+    """Tokens of query and response that [CLS] can look back on, itself not counted."""
+    return min(self.max_seq_len, self.sliding_window or self.max_seq_len)
+
   def replace(self, **changes) -> ModelConfig:
     return dataclasses.replace(self, **changes)
 
@@ -146,6 +151,7 @@ def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None
 
 
 DEPENDENCIES = ("low", "medium", "high")
+OBJECTIVES = ("saess", "sft", "dpo")
 _SAFETY_LEAVES = (
     "r1", "r2", "r3", "tau", "threshold", "rule2_keeps_query", "sees_all", "heeds_query", "rollback", "sweep_prefill")
 _SAFETY_WORDS = ("dependency", "refusal_prefix", "fixed_refusal", "refusal_break")
@@ -255,8 +261,8 @@ class OptimizerConfig:
   """AdamW with linear warm-up and cosine decay (lr and weight decay: the released code)."""
 
   learning_rate: float = 2e-5
-  warmup_steps: int = 10
-  final_fraction: float = 0.1  # Of the peak learning rate, reached at the last step.
+  warmup_steps: int = 10  # From a rate of 0, which is that of the first step.
+  final_fraction: float = 0.1  # Of the peak learning rate, which the decay would reach one step behind the last.
   weight_decay: float = 0.1
   b1: float = 0.9
   b2: float = 0.95

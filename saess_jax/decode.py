@@ -24,7 +24,7 @@ from saess_jax import masks, policy, sampling
 from saess_jax import schedule as schedule_lib
 from saess_jax.attention import Step
 from saess_jax.batching import round_up
-from saess_jax.config import SafetyConfig, dtype_of
+from saess_jax.config import ModelConfig, SafetyConfig, dtype_of
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, init_cache, logits_of, output_head
 from saess_jax.sampling import SamplingConfig
@@ -55,7 +55,8 @@ class DecodeConfig:
   Attributes:
     safety: None decodes as a plain language model: nothing sees [CLS] and nothing intervenes.
     sampling: see there.
-    max_new_tokens: int, response tokens after the caller's prefix; at most `buffer` of both together.
+    max_new_tokens: int, response tokens after the caller's prefix, or what rollback left of it; at most `buffer` of
+      both together.
     stop_ids: int32 [K], tokens that end a response (and are not part of it).
     refusal: int32 [F], what an intervention inserts; where nothing stands before it, from `refusal_break` on.
     refusal_break: int, tokens of the refusal that only part it from what stands before.
@@ -215,12 +216,12 @@ def decode_config(
       refusal_break=len(gap), schedule=schedule, buffer=buffer)
 
 
-def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
+def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
   """What only the values tell and a compiled `decode` cannot: call it on host arrays first, as `Generator` does.
 
   Raises:
     ValueError: token ids outside the vocabulary, a buffer that is too small for a row's prefix, its new tokens and what
-      rollback may cut, or an empty prompt.
+      rollback may cut, a row that exceeds the model's context with these, or an empty prompt.
   """
   tokens, kinds = np.asarray(prompt.tokens), np.asarray(prompt.kinds)
   text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)
@@ -228,10 +229,10 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
   for name, ids in (
       ("prompts", tokens[text]), ("response prefixes", np.asarray(prompt.prefix)[supplied]),
       ("the refusal", np.asarray(config.refusal))):
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    wrong = ids[(ids < 0) | (ids >= shape.vocab_size)]
     if len(wrong):
       raise ValueError(
-          f"Token id {wrong[0]} in {name} is outside the vocabulary of {vocab_size}; is this the model's "
+          f"Token id {wrong[0]} in {name} is outside the vocabulary of {shape.vocab_size}; is this the model's "
           "own tokenizer?")
   cut = 0
   if config.safety is not None and config.safety.rollback and config.safety.dependency != "low":
@@ -245,6 +246,12 @@ def check(vocab_size: int, prompt: Prompt, config: DecodeConfig) -> None:
           f"Row {row} has a response prefix of {prefix} tokens and {int(config.max_new_tokens)} new ones to come"
           f"{f', and rollback may cut {cut}' * bool(cut)}, but the buffer holds {config.buffer}; make it larger, or "
           "ask for fewer.")
+    size = int(np.sum(text[row]))
+    total = size + int(prefix) + int(config.max_new_tokens)
+    if total > shape.context:
+      raise ValueError(
+          f"Row {row} has {size} tokens, a response prefix of {prefix} and {int(config.max_new_tokens)} new ones to "
+          f"come, {total} in all, but the model's context is {shape.context}. Shorten it, or ask for fewer.")
 
 
 def decode(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: DecodeConfig) -> DecodeResult:
@@ -281,7 +288,7 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   out = model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, cache=cache, stage=stage)
   if config.safety is None:
     initial = jnp.full(batch, jnp.nan)
-    verdicts = policy.start(initial, SafetyConfig(dependency="low"))
+    verdicts = policy.start(initial, SafetyConfig(dependency="low", heeds_query=False))
   else:
     initial = jax.nn.sigmoid(out.cls_logit)
     verdicts = policy.start(initial, config.safety)
@@ -359,8 +366,10 @@ def step(
 
   sees_cls = jnp.full(alive.shape, config.safety is not None)
 
-  def run(cls_sees: jax.Array | None, cache: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """The newest token's row, and with `cls_sees` that of [CLS] before it: (hidden [B, D], cls_logit [B], cache)."""
+  def run(wanted: jax.Array, cls_sees: jax.Array | None, cache: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """The newest token's row, and with `cls_sees` that of [CLS] before it, which is kept where it is wanted: (hidden
+    [B, D], cls_logit [B], cache).
+    """
     rows = [TokenKind.RESPONSE] if cls_sees is None else [TokenKind.CLS, TokenKind.RESPONSE]
     row_kinds = jnp.broadcast_to(jnp.asarray(rows), (len(alive), len(rows)))
     is_token = row_kinds == TokenKind.RESPONSE
@@ -373,7 +382,7 @@ def step(
 
   if config.safety is None:
     wanted = jnp.zeros_like(alive)
-    hidden, cls_logit, cache = run(None, s.cache)
+    hidden, cls_logit, cache = run(wanted, None, s.cache)
   else:
     scheduled = config.schedule[jnp.minimum(t, config.buffer - 1)]
     judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
@@ -383,8 +392,8 @@ def step(
     # updated where it lies, while the branches of a `lax.cond` would each copy it.
     due = jnp.any(wanted)
     nothing = jnp.zeros((len(alive), model.config.embed_dim), dtype_of(model.config.dtype)), jnp.zeros(len(alive))
-    once = lambda wanted, cls_sees, out: jax.lax.while_loop(
-        lambda c: c[0], lambda c: (jnp.zeros((), bool), run(cls_sees, c[1][2])), (wanted, out))[1]
+    once = lambda now, cls_sees, out: jax.lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros((), bool), run(wanted, cls_sees, c[1][2])), (now, out))[1]
     hidden, cls_logit, cache = once(~due, None, once(due, window, (*nothing, s.cache)))
 
   result = s.result.replace(
@@ -444,5 +453,7 @@ def _choose(prompt, keys, config, s: LoopState, logits: jax.Array) -> LoopState:
     stops &= ~supplied
     inserted = jnp.where(supplied, s.inserted, inserted)
 
-  full = s.count >= prompt.prefix_length + config.max_new_tokens
+  cut = s.step != s.count  # By rollback, so that no more of the prefix stands than what is before S_t.
+  stands = jnp.where(cut, jnp.minimum(prompt.prefix_length, s.verdicts.transition_at), prompt.prefix_length)
+  full = s.count >= stands + config.max_new_tokens
   return s.replace(token=token, inserted=inserted, done=s.done | stops | full)

@@ -37,9 +37,9 @@ _finish = jax.jit(decode_lib.finish)
 @functools.lru_cache(maxsize=4)
 def _jitted(model: Llama):
   """decode, start and advance of `model`, shared by all its generators: other settings compile nothing new."""
-  return tuple(
-      jax.jit(functools.partial(function, model))
-      for function in (decode_lib.decode, decode_lib.start, decode_lib.advance))
+  decode, start, advance = (
+      functools.partial(function, model) for function in (decode_lib.decode, decode_lib.start, decode_lib.advance))
+  return jax.jit(decode), jax.jit(start), jax.jit(advance, donate_argnames="state")  # The cache stays where it lies.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Generator:
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
     self._system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
-    self.context, self._vocab_size = model.config.max_seq_len, model.config.vocab_size
+    self.context = model.config.context
     self._decode, self._start, self._advance = _jitted(model)
 
   def respond(
@@ -140,7 +140,7 @@ class Generator:
     for name, given in (("prefixes", prefixes), ("places", places), ("soft suffixes", soft_suffixes or prompts)):
       if len(given) != len(prompts):
         raise ValueError(f"{len(given)} {name} were given for {len(prompts)} prompts; expected one each.")
-    rows, forced = self._encode(prompts, prefixes)
+    rows, forced = self._encode(prompts, prefixes, limit)
     # Neighbours of like length share a batch, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda i: (len(forced[i]), len(rows[i][0])))
     responses: list[Response | None] = [None] * len(prompts)
@@ -158,7 +158,7 @@ class Generator:
 
   def check_fit(self, prompts: Sequence[chat.Messages], prefixes: Sequence[str]) -> None:
     """Raises the ValueError of `respond` for a prompt that is too long, and asks nothing."""
-    self._encode(prompts, prefixes)
+    self._encode(prompts, prefixes, self._max_new_tokens)
 
   def stream(self, prompt: Any, prefix: str = "", chunk: int = 4) -> Iterator[Chunk]:
     """Answers one prompt as `respond` does, in pieces of about `chunk` tokens; the last one may hold no text.
@@ -175,7 +175,8 @@ class Generator:
     """
     if chunk < 1:
       raise ValueError(f"chunk is {chunk}; expected 1 or more.")
-    inputs = self._inputs(*self._encode([prompt], [prefix]), [0], self._max_new_tokens, self._sampling)
+    limit = self._max_new_tokens
+    inputs = self._inputs(*self._encode([prompt], [prefix], limit), [0], limit, self._sampling)
     state = self._start(self._params, *inputs)
     text, count = "", 0
     while True:
@@ -208,7 +209,7 @@ class Generator:
     safety = self._safety
     return safety is not None and safety.rollback and safety.dependency != "low" and phase == Phase.ALARM
 
-  def _encode(self, prompts, prefixes):
+  def _encode(self, prompts, prefixes, limit):
     """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
     rows = [
         chat.insert_cls(
@@ -217,11 +218,11 @@ class Generator:
         for prompt in prompts]
     forced = [chat.encode_text(self.tokenizer, prefix) for prefix in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):
-      needed = len(tokens) - 1 + len(prefix) + self._max_new_tokens
+      needed = len(tokens) - 1 + len(prefix) + limit
       if needed > self.context:
         raise ValueError(
             f"Prompt {i} has {len(tokens) - 1} tokens, its response prefix {len(prefix)}, and up to "
-            f"{self._max_new_tokens} are generated: {needed} in all, but the model's context is {self.context}. "
+            f"{limit} are generated: {needed} in all, but the model's context is {self.context}. "
             f"Shorten or leave out {str(prompts[i])[:60]!r}, or lower max_new_tokens.")
     return rows, forced
 
@@ -258,16 +259,16 @@ class Generator:
     prompt = decode_lib.pad_prompts(rows, forced, prefix_length=room)
     buffer = decode_lib.buffer_for(room + self._max_new_tokens, self._safety)
     config = decode_lib.decode_config(self.tokenizer, self._safety, sampling, limit, buffer)
-    decode_lib.check(self._vocab_size, prompt, config)
+    decode_lib.check(self._model.config, prompt, config)
     root = jax.random.key(self._seed)
     return prompt, jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(places)), config
 
   def _read(self, result: decode_lib.DecodeResult, row: int, prefix: list[int], limit: int) -> Response:
     tokens, steps = result.tokens[row, : result.lengths[row]], result.steps[row]
-    ended = len(tokens) < len(prefix) + limit
     stands = len(prefix)
     if self._safety is not None and self._safety.rollback and result.intervened_at[row] > 0:
       stands = min(stands, int(result.transition_at[row]))  # It may have cut into the prefix.
+    ended = len(tokens) < stands + limit
     return Response(
         text=self.tokenizer.decode(tokens), generated=self.tokenizer.decode(tokens[stands:]),
         tokens=[self.tokenizer.decode([token]) for token in result.step_tokens[row, :steps]],

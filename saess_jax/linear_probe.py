@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
       of["benign stopped"] = metrics.rate(benign_logits, lambda logit: logit > probe.threshold)
     for depth, attack in ways.items() if malicious else ():
       if depth:
-        target = attacks.Target("base", tokenizer, None, None, model.config.max_seq_len, options.seed)
+        target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
         made = [attempt for attempt, in attack.attempts([row.prompt for row in malicious], target)]
         logits = list(probe(states([attempt.prompt for attempt in made], [attempt.prefix for attempt in made])))
       of[f"not stopped, {attack.name}"] = metrics.rate(logits, lambda logit: logit <= probe.threshold)

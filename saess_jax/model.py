@@ -252,6 +252,8 @@ class Llama(nn.Module):
         "cls_embedding", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("norm",)), (c.embed_dim,),
         dtype_of(c.param_dtype))
 
+    if kinds is not None:  # An id that is no row would make NaN, which weights of 0 do not take out of a sum.
+      tokens = jnp.where((kinds == masks.TokenKind.PAD) | (kinds == masks.TokenKind.CLS), 0, tokens)
     x = jnp.take(embedding, tokens, axis=0).astype(dtype)
     if kinds is not None:
       x = jnp.where((kinds == masks.TokenKind.CLS)[..., None], cls_embedding.astype(dtype), x)

@@ -66,13 +66,18 @@ class Replay:
 
 def start(initial_prob: jax.Array, config: SafetyConfig) -> PolicyState:
   """The state before the first response token. `initial_prob`: P(malicious) of the query, float [B]."""
-  malicious = (initial_prob >= config.threshold) & config.heeds_query
+  malicious = _malicious(initial_prob, config) & config.heeds_query
   never = jnp.full(initial_prob.shape, -1, jnp.int32)
   intervenes = malicious & (config.dependency != "low")
   return PolicyState(
       phase=jnp.where(malicious, Phase.MALICIOUS, Phase.BENIGN).astype(jnp.int32),
       run=jnp.zeros_like(never), transition_at=never, intervened_at=jnp.where(intervenes, 0, never),
       leaked=jnp.zeros_like(never))
+
+
+def _malicious(prob: jax.Array, config: SafetyConfig) -> jax.Array:
+  """A verdict, bool. That of a NaN, as broken numerics give, is malicious: nothing passes unjudged."""
+  return ~(prob < config.threshold)
 
 
 def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config: SafetyConfig) -> jax.Array:
@@ -119,7 +124,7 @@ def update(
   Args:
     t: int32 [B] or scalar; prob: P(malicious), float [B]; evaluated: bool [B], rows whose prob counts.
   """
-  malicious = prob >= config.threshold
+  malicious = _malicious(prob, config)
   hit = evaluated & malicious & (state.phase <= Phase.ALARM)
   opens = hit & (state.phase == Phase.BENIGN)
   false_alarm = evaluated & ~malicious & (state.phase == Phase.ALARM)
@@ -134,7 +139,8 @@ def update(
       leaked=jnp.where(confirmed, seen, state.leaked))
 
 
-def replay(initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig) -> Replay:
+def replay(
+    initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig, prefix_length: int | jax.Array = 0) -> Replay:
   """The decoder's verdict logic run over stored verdicts, to tune tau and schedules offline from a trace.
 
   Exact for a smaller tau. Larger ones, other schedules and other thresholds are estimates: a stored verdict is on the
@@ -145,13 +151,15 @@ def replay(initial_prob: jax.Array, step_prob: jax.Array, config: SafetyConfig) 
     initial_prob: float [B], P(malicious) of the query.
     step_prob: float [B, T], after each response token; NaN (never evaluated) counts for nothing.
     config: its schedule says at which tokens a stored verdict is looked at.
+    prefix_length: int or [B], tokens of the caller's prefix, whose verdicts count with `sweep_prefill` alone.
   """
   steps = step_prob.shape[1]
   scheduled = jnp.asarray(schedule_lib.as_array(config.schedule, steps))
 
   def step(state, inputs):
     t, prob, now = inputs
-    evaluated = wants_verdict(state, t, now, config) & ~jnp.isnan(prob)
+    judged = config.sweep_prefill | (t >= prefix_length)
+    evaluated = wants_verdict(state, t, now, config) & judged & ~jnp.isnan(prob)
     state = update(state, t, prob, evaluated, config)
     return state, state.phase
 

@@ -11,12 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import math
-import operator
 import pathlib
 import signal
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,7 +28,20 @@ import optax
 import tqdm
 from absl import logging
 
-from saess_jax import adapters, checkpoint, cluster, events, losses, masks, pretrained, runs, sharding, staging, weights
+from saess_jax import (
+    adapters,
+    checkpoint,
+    cluster,
+    events,
+    losses,
+    masks,
+    preflight,
+    pretrained,
+    runs,
+    sharding,
+    staging,
+    weights,
+)
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
@@ -67,108 +78,6 @@ class TrainState:
 
 class Diverged(RuntimeError):
   """A loss or gradient that is not finite."""
-
-
-_FROM_0, _FROM_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
-RANGES = types.MappingProxyType({
-    "epochs": _FROM_1, "max_steps": _FROM_0, "save_every": _FROM_1, "keep_last": _FROM_1, "eval_every": _FROM_0,
-    "data.max_train_rows": _FROM_0, "data.max_validation_rows": _FROM_0, "data.batch_size": _FROM_1,
-    "data.examples_per_row": _FROM_1, "data.max_response": _FROM_1, "data.refusal_depth": _FROM_0,
-    "data.opener_depth": _FROM_0, "data.histories": _SHARE, "data.history_turns": _FROM_1, "data.disguises": _SHARE,
-    "data.frames": _SHARE, "probes.per_sequence": _FROM_0, "probes.min_window": _FROM_1,
-    "probes.benign_weight": _FROM_0, "rollouts.max_prompts": _FROM_0, "rollouts.written": _SHARE,
-    "rollouts.tokens": _FROM_1, "rollouts.batch_size": _FROM_1, "rollouts.temperature": _FROM_0,
-    "loss.cls_weight": _FROM_0, "loss.kl_weight": _FROM_0, "loss.kl_positions": _FROM_1, "loss.chunk": _FROM_1,
-    "optimizer.learning_rate": _FROM_0, "optimizer.warmup_steps": _FROM_0, "optimizer.final_fraction": _SHARE,
-    "optimizer.weight_decay": _FROM_0, "optimizer.b1": _SHARE, "optimizer.b2": _SHARE,
-    "optimizer.clip_norm": _FROM_0, "optimizer.accumulation": _FROM_1, "lora.rank": _FROM_0,
-})
-HALVED = ("data.max_train_rows", "data.max_validation_rows", "rollouts.max_prompts")  # A half of each label.
-
-
-def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError for settings out of their range or that cannot work together, before any work."""
-  config_lib.check_ranges(config, RANGES)
-  for name in HALVED:
-    if operator.attrgetter(name)(config) == 1:
-      raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
-  rule = config.optimizer
-  if rule.clip_norm == 0 or 1 in (rule.b1, rule.b2):
-    raise ValueError(
-        f"optimizer.clip_norm is {rule.clip_norm}, b1 {rule.b1} and b2 {rule.b2}; expected the first above 0 (a large "
-        "one clips nothing) and the others below 1.")
-  shards = sharding.batch_shards(mesh) * config.optimizer.accumulation
-  if config.data.batch_size % shards:
-    raise ValueError(
-        f"data.batch_size {config.data.batch_size} is not divisible by {shards} (mesh data {mesh.shape['data']} x fsdp "
-        f"{mesh.shape['fsdp']} x optimizer.accumulation {config.optimizer.accumulation}); change one of them.")
-  if config.stage not in masks.STAGES:
-    raise ValueError(f"stage is {config.stage!r}; expected one of {', '.join(masks.STAGES)}.")
-  if config.cls_sees_response not in masks.CLS_SEES_RESPONSE:
-    raise ValueError(
-        f"cls_sees_response is {config.cls_sees_response!r}; expected one of {', '.join(masks.CLS_SEES_RESPONSE)}.")
-  if config.objective not in OBJECTIVES:
-    raise ValueError(f"objective is {config.objective!r}; expected one of {', '.join(OBJECTIVES)}.")
-  found = (config.stage, config.data.examples_per_row, config.loss.kl_weight, config.probes.per_sequence)
-  if config.objective != "saess" and found != ("sft", 1, 0, 0):
-    raise ValueError(
-        f"objective {config.objective!r} knows no [CLS]: it goes with stage 'sft', data.examples_per_row 1, "
-        f"loss.kl_weight 0 and probes.per_sequence 0; found {found}.")
-  if config.objective == "dpo" and not (config.rollouts.enabled and config.loss.dpo_beta > 0):
-    raise ValueError(
-        f"objective 'dpo' compares refusals with rollouts, at loss.dpo_beta above 0; found rollouts.enabled "
-        f"{config.rollouts.enabled} and loss.dpo_beta {config.loss.dpo_beta}.")
-  if config.objective == "dpo" and config.lora.start:
-    raise ValueError(
-        "objective 'dpo' compares with where it began, but under LoRA the reference is the base without its pairs; "
-        "leave lora.start out.")
-  if config.stage == "pretrain" and config.probes.per_sequence:
-    raise ValueError("probes are views of the SFT stage; set probes.per_sequence to 0 for stage pretrain.")
-  if config.stage == "pretrain" and config.loss.kl_weight:
-    raise ValueError("The KL term compares at tokens of a query, and documents have none; set loss.kl_weight to 0.")
-  if config.stage == "pretrain" and config.rollouts.enabled:
-    raise ValueError("rollouts answer prompts, and stage pretrain reads documents; set rollouts.enabled to False.")
-  if config.data.responses == "rollouts" and not config.rollouts.enabled:
-    raise ValueError(
-        "data.responses is 'rollouts', but rollouts.enabled is False: no response would be read. Enable them, or set "
-        "data.responses to 'all'.")
-  if config.data.opener_depth and not config.data.refusal_depth:
-    raise ValueError(
-        f"data.opener_depth is {config.data.opener_depth}, but data.refusal_depth is 0: "
-        "answers to benign requests would stand behind an attacker's words, and refusals never. Set both above 0, or "
-        "the first to 0.")
-  if config.data.disguises + config.data.frames > 1:
-    raise ValueError(
-        f"data.disguises is {config.data.disguises} and data.frames {config.data.frames}; expected shares of queries, "
-        "no more than 1 together.")
-  for name in ("histories", "disguises", "frames"):
-    if getattr(config.data, name) and (config.data.responses != "rollouts" or config.objective != "saess"):
-      raise ValueError(
-          f"data.{name} is {getattr(config.data, name)}, but data.responses is {config.data.responses!r} and objective "
-          f"{config.objective!r}: it is a share of the queries that are read alone, for [CLS]. Set them to 'rollouts' "
-          "and 'saess', or the first to 0.")
-    if getattr(config.data, name) and max(config.data.buckets, default=0) < config.data.max_length:
-      raise ValueError(
-          f"data.{name} is {getattr(config.data, name)}: queries grow up to data.max_length {config.data.max_length}, "
-          f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
-
-
-def _check_context(config: TrainConfig, shape: config_lib.ModelConfig) -> None:
-  """Raises ValueError where sequences may be longer than what the model reads. [CLS] takes no position."""
-  if config.data.max_length - 1 > shape.max_seq_len:
-    raise ValueError(
-        f"data.max_length is {config.data.max_length}, [CLS] included, and the model's context {shape.max_seq_len} "
-        f"tokens; lower it to {shape.max_seq_len + 1} or less.")
-  if shape.sliding_window is None or config.objective != "saess":
-    return
-  packed = config.data.examples_per_row > 1  # Into the longest bucket.
-  fitting = [bucket for bucket in config.data.buckets if bucket >= config.data.max_length and not packed]
-  longest = min(fitting, default=max(config.data.buckets, default=0))
-  if longest > shape.sliding_window:
-    raise ValueError(
-        f"Rows are padded to up to {longest} tokens (data.max_length, data.buckets), and the model's sliding window is "
-        f"{shape.sliding_window}, beyond which [CLS] would be lost; lower them, or set sliding_window to None: "
-        "--config.model_overrides='{\"sliding_window\": None}'.")
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -299,7 +208,7 @@ def preference_loss(
   return loss, {"loss": loss, "dpo_loss": loss, "dpo_accuracy": right}
 
 
-OBJECTIVES = {"saess": loss_of_batch, "sft": plain_loss, "dpo": preference_loss}
+_LOSSES = {"saess": loss_of_batch, "sft": plain_loss, "dpo": preference_loss}  # By `config.OBJECTIVES`.
 
 
 def _variables(trainable: Any, frozen: Any) -> Any:
@@ -323,7 +232,7 @@ def train_step(
   Returns:
     The new state, and float32 scalars: the loss, its parts, accuracies, and the gradient's norm before clipping.
   """
-  loss_of = loss_of or OBJECTIVES[config.objective]
+  loss_of = loss_of or _LOSSES[config.objective]
   count, total = config.optimizer.accumulation, losses.totals(batch)
   loss = lambda trainable, micro: loss_of(config, model, _variables(trainable, state.frozen), micro, total)
   grad = jax.grad(loss, has_aux=True)
@@ -334,8 +243,10 @@ def train_step(
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), batch)
     add = lambda sums, one: (jax.tree.map(jnp.add, sums, grad(state.trainable, one)), None)
     first = jax.tree.map(lambda x: x[0], micro)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, state.trainable, first))
-    (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+    shapes = jax.eval_shape(grad, state.trainable, first)
+    # Summed in float32: beside what has come together, bfloat16 would lose a micro-batch's share.
+    sums, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes), micro)
+    grads, metrics = jax.tree.map(lambda x, shape: x.astype(shape.dtype), sums, shapes)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
   metrics["grad_norm"] = optax.global_norm(grads)
   return state.replace(
@@ -345,7 +256,7 @@ def train_step(
 def eval_step(config: TrainConfig, model: Llama, state: TrainState, batch: dict[str, jax.Array]):
   """One batch's sums of losses and right verdicts, and the weights to divide them by once all batches are added up."""
   one = losses.Totals(*(jnp.ones(()),) * 4)
-  _, sums = OBJECTIVES[config.objective](config, model, _variables(state.trainable, state.frozen), batch, one)
+  _, sums = _LOSSES[config.objective](config, model, _variables(state.trainable, state.frozen), batch, one)
   return sums, losses.totals(batch)
 
 
@@ -395,7 +306,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
   """
   with cluster.together("checking settings, data and weights"):
     mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
+    preflight.check(config, mesh)
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
@@ -404,7 +315,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
-      pipeline.Batches(pipeline.build_examples(tokenizer, split, None, as_ours), as_ours)
+      examples = pipeline.build_examples(tokenizer, split, None, as_ours)
+      preflight.check_ids(examples, shape.vocab_size)
+      pipeline.Batches(examples, as_ours)
   workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
   rows = cluster.first_then_rest("preparing the data", lambda: {
       split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
@@ -476,7 +389,7 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
   Raises:
     ValueError: no layer is left to train, an unknown matmul_dtype, or sequences longer than what the model reads.
   """
-  _check_context(config, shape)
+  preflight.check_context(config, shape)
   if config.matmul_dtype:
     config_lib.dtype_of(config.matmul_dtype)
   if not 0 <= config.frozen_layers < shape.num_layers:
@@ -584,18 +497,18 @@ def _loop(
               loss=f"{seen['loss']:.3f}", **right, tok_s=f"{tokens / (time.perf_counter() - began):.0f}")
         pending = (step, metrics, wished)
         bar.update()
-        last = step == steps or stop
+        ends = step == steps or stop
+        evaluate = ends or (config.eval_every and step % config.eval_every == 0)
+        save = ends or step % config.save_every == 0
+        if evaluate or save:  # Nothing that is not finite is ever saved.
+          stop, pending = read(pending)[1] or stop, None
         measured = {}
-        evaluate = last or (config.eval_every and step % config.eval_every == 0)
-        if evaluate or step % config.save_every == 0:
-          stop = read(pending)[1] or stop  # Nothing that is not finite is ever saved.
-          pending, last = None, last or stop
         if evaluate and not stop:
           measured = validated = run_validation(state)
           if writer:
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
             writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
-        if last or step % config.save_every == 0:
+        if save or stop:
           manager.save(step, state.saved(), loader.get_state(), config, measured or None, writer)
         if stop:
           logging.warning("Stopped: saved step %d; the same command goes on from there.", step)

@@ -188,6 +188,7 @@ def test_max_length():
     ("  ", r"Message 0 \(user\) has content '  '; expected text"),
     ([{"role": "user", "content": None}], "has content None; expected text"),
     ([{"role": "tool", "content": "x"}], "Message 0 has role 'tool'; expected system, user or assistant"),
+    ([CONVERSATION[0], CONVERSATION[0], *CONVERSATION[1:]], "More than one system message is given; join them"),
     (CONVERSATION[:3], "The last message has role 'assistant'; a response follows on a user message"),
 ])
 def test_bad_messages(messages, message):

@@ -7,7 +7,7 @@ import runpy
 import numpy as np
 import pytest
 
-from saess_jax import schedule, sharding, train
+from saess_jax import preflight, schedule, sharding
 from saess_jax.config import EvalConfig, TrainConfig, from_config_dict, to_config_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,7 +20,7 @@ def test_config_file(path):
   config = from_config_dict(kind, values)
   assert to_config_dict(config) == values
   if kind is TrainConfig:
-    train.check(config, sharding.make_mesh(config.mesh))
+    preflight.check(config, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize("name, changed", [
@@ -46,14 +46,14 @@ def test_an_ablation_of_the_schedule_is_waited_out(name):
 def test_rivals(name, objective, depth):
   values = runpy.run_path(str(ROOT / "configs" / "smollm2_rivals.py"))["get_config"](name)
   config = from_config_dict(TrainConfig, values)
-  train.check(config, sharding.make_mesh(config.mesh))
+  preflight.check(config, sharding.make_mesh(config.mesh))
   assert (config.objective, config.data.refusal_depth) == (objective, depth)
 
 
 def test_the_adapter_goes_on_with_what_all_weights_learned():
   stage = runpy.run_path(str(ROOT / "configs" / "smollm2_135m.py"))["get_config"]
   weights, adapter = (from_config_dict(TrainConfig, stage(name)) for name in ("weights", "adapter"))
-  train.check(adapter, sharding.make_mesh(adapter.mesh))
+  preflight.check(adapter, sharding.make_mesh(adapter.mesh))
   assert (weights.lora.rank, adapter.lora.rank) == (0, 32)
   assert (weights.data, weights.safety) == (adapter.data, adapter.safety) and weights.seed != adapter.seed
   assert dataclasses.replace(adapter.rollouts, max_prompts=weights.rollouts.max_prompts) == weights.rollouts

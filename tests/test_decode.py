@@ -198,6 +198,8 @@ def test_rollback_reaches_into_a_prefix(tiny_params):
     at = int(out.transition_at[row])
     refusal = BREAK + REFUSAL
     assert out.tokens[row, : at + len(refusal)].tolist() == prefix[:at] + refusal
+    assert out.lengths[row] <= at + 24  # New tokens are counted from what is left of the prefix.
+  assert any(out.lengths[row] == out.transition_at[row] + 24 for row in rows)
 
 
 def test_a_prefix_that_is_not_swept_is_not_judged(tiny_params):
@@ -335,6 +337,11 @@ def test_generator_gives_text_back_in_order(tiny_params):
       for p in prompts]
   fewer, = make(safety=None).respond(prompts[:1], max_new_tokens=2)
   assert len(fewer.tokens) == 2 and fewer.tokens == make(safety=None).respond(prompts[:1])[0].tokens[:2]
+  empty = len(chat.encode_prompt(tokenizer, "x")[0]) - 1
+  assert len(make(safety=None).respond(["x" * (256 - empty - 2)], max_new_tokens=2)[0].tokens) == 2
+  windowed = generate.Generator(model.Llama(TINY.replace(sliding_window=64)), tiny_params, tokenizer, max_new_tokens=6)
+  with pytest.raises(ValueError, match="the model's context is 64"):
+    windowed.check_fit(["x" * 80], [""])
   with pytest.raises(ValueError, match="max_new_tokens is 7; this generator was made for 1 to 6"):
     make().respond(prompts, max_new_tokens=7)
   with pytest.raises(ValueError, match="the model's context is 256"):
@@ -369,7 +376,8 @@ def test_a_response_says_what_a_rollback_into_its_prefix_did(tiny_params):
   assert responses[0].text == prefixes[0][:cut] + responses[0].generated
   assert responses[0].generated.startswith(safety.refusal_break)
   assert responses[0].prefix_tokens == len(prefixes[0]) and responses[0].leaked == 0
-  assert out.transition_at[1] == 0 and responses[1].text == responses[1].generated == safety.refusal_prefix[:25]
+  assert out.transition_at[1] == 0 and responses[1].text == responses[1].generated == safety.refusal_prefix[:6]
+  assert len(responses[1].ids) == 6  # Its length ended it, and no end of turn.
 
 
 def test_a_row_draws_by_its_place_whatever_stands_beside_it(tiny_params):
@@ -463,24 +471,31 @@ def test_a_step_without_a_due_verdict_is_the_same_alone_and_beside_rows_that_hav
   np.testing.assert_allclose(together.cls_prob[0], alone.cls_prob[0], atol=1e-5)
 
 
-def refused_by_check(message, rows=ROWS, prefixes=None, vocab_size=512, **changes):
+def refused_by_check(message, rows=ROWS, prefixes=None, shape=TINY, **changes):
   how = decode.decode_config(Words(), max_new_tokens=24, buffer=32)
   with pytest.raises(ValueError, match=message):
-    decode.check(vocab_size, decode.pad_prompts(rows, prefixes), how.replace(**changes))
+    decode.check(shape, decode.pad_prompts(rows, prefixes), how.replace(**changes))
 
 
 def test_what_only_values_tell_is_checked_before_decoding():
-  decode.check(512, decode.pad_prompts(ROWS), decode.decode_config(Words(), max_new_tokens=24, buffer=32))
+  decode.check(TINY, decode.pad_prompts(ROWS), decode.decode_config(Words(), max_new_tokens=24, buffer=32))
   refused_by_check("prefix of 9 tokens and 24 new ones to come, but the buffer holds 32", prefixes=[[], [], [5] * 9])
-  refused_by_check("id 60 in prompts is outside the vocabulary of 50", vocab_size=50)
+  refused_by_check("id 60 in prompts is outside the vocabulary of 50", shape=TINY.replace(vocab_size=50))
   refused_by_check("id 700 in response prefixes is outside", prefixes=[[700], [], []])
   short = [(np.asarray([3, 4, 0]), np.asarray([2, 3, 1]))]
-  refused_by_check("id 14 in the refusal is outside", vocab_size=14, rows=short)
+  refused_by_check("id 14 in the refusal is outside", shape=TINY.replace(vocab_size=14), rows=short)
   rollback = decode.decode_config(Words(), SafetyConfig(rollback=True), max_new_tokens=30, buffer=32)
   low = rollback.replace(safety=rollback.safety.replace(dependency="low"))  # Nothing is ever cut.
-  decode.check(512, decode.pad_prompts(ROWS), low)
+  decode.check(TINY, decode.pad_prompts(ROWS), low)
   with pytest.raises(ValueError, match="30 new ones to come, and rollback may cut 3, but the buffer holds 32"):
-    decode.check(512, decode.pad_prompts(ROWS), rollback)
+    decode.check(TINY, decode.pad_prompts(ROWS), rollback)
+  for context in ({"max_seq_len": 34}, {"sliding_window": 34}):
+    refused_by_check(
+        "Row 1 has 8 tokens, a response prefix of 3 and 24 new ones to come, 35 in all, but the model's context is 34",
+        prefixes=[[], [5] * 3, []], shape=TINY.replace(**context))
+  decode.check(
+      TINY.replace(max_seq_len=35), decode.pad_prompts(ROWS, [[], [5] * 3, []]),
+      decode.decode_config(Words(), max_new_tokens=24, buffer=32))
   refused_by_check("Prompt 0 is empty", rows=[(np.asarray([3, 0, 9]), np.asarray([2, 1, 4]))])
 
 

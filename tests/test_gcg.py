@@ -105,7 +105,8 @@ def test_rows_behind_the_embeddings_read_like_tokens_and_have_no_logit(params, t
   np.testing.assert_array_equal(by_row, plain.apply({"params": params}, jnp.asarray([[5, 7, 9, 6]])).logits)
 
 
-@pytest.mark.parametrize("changes", [{"rule2_keeps_query": False, "r2": 3}, {"schedule": "periodic(4)"}])
+@pytest.mark.parametrize("changes", [
+    {"rule2_keeps_query": False, "r2": 3}, {"schedule": "periodic(4)"}, {"heeds_query": False}])
 def test_verdicts_on_query_and_windows_are_the_decoders(params, changes):
   """With one layer a window's verdict does not depend on what its tokens saw of [CLS], so both agree exactly."""
   safety = SAFETY.replace(threshold=1.0, **changes)  # Benign all along.
@@ -124,7 +125,8 @@ def test_verdicts_on_query_and_windows_are_the_decoders(params, changes):
   judged = probs[~np.isnan(probs)]
   assert len(judged) == (answer.sum() if not changes.get("schedule") else answer.sum() // 4)
   np.testing.assert_allclose(scores.window_prob, judged.max(), rtol=0, atol=1e-6)
-  expected = scores.lm - np.log1p(-scores.query_prob) - np.log1p(-judged).mean()
+  query = -np.log1p(-scores.query_prob) if safety.heeds_query else 0  # Nobody fights what is not heeded.
+  expected = scores.lm + query - np.log1p(-judged).mean()
   np.testing.assert_allclose(scores.loss, expected, rtol=0, atol=1e-4)
 
 

@@ -53,6 +53,17 @@ def test_fast_path_equals_dense_mask_in_values_and_gradients(tiny_params, stage,
   jax.tree.map(check, fast_grads, dense_grads)
 
 
+@pytest.mark.parametrize("how", [{"stage": "sft"}, {"mask": masks.attention_mask(SFT_KINDS, "sft")}])
+def test_ids_of_padding_and_cls_are_not_read(tiny_params, how):
+  """Tokenizers pad with ids that the embeddings have no row for."""
+  read = (SFT_KINDS != P) & (SFT_KINDS != C)
+  expected, found = (
+      apply(tiny_params, tokens=jnp.where(read, TOKENS, other), kinds=SFT_KINDS, **how)
+      for other in (0, TINY.vocab_size))
+  np.testing.assert_array_equal(found.logits[read], expected.logits[read])
+  np.testing.assert_array_equal(found.cls_logit, expected.cls_logit)
+
+
 @pytest.mark.parametrize("who", ["all", "malicious"])
 def test_fast_path_with_the_released_code_s_visibility(tiny_params, who):
   label = jnp.asarray([True, False])

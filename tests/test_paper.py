@@ -17,7 +17,7 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 from xla_flags import CHEAP
 
-from saess_jax import generate, pretrained, sharding, train
+from saess_jax import generate, preflight, pretrained, sharding, train
 from saess_jax.config import (
   DataConfig,
   LossConfig,
@@ -283,7 +283,7 @@ def test_presets(name, epochs):
   presets = {
       preset: from_config_dict(TrainConfig, get_config(preset)) for preset in ("pretrain", "paper", "released")}
   for config in presets.values():
-    train.check(config, sharding.make_mesh(config.mesh))
+    preflight.check(config, sharding.make_mesh(config.mesh))
     assert (config.model, config.data.max_length) == (name, 2048)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-5, 0.1)
     assert not config.probes.per_sequence and not config.rollouts.enabled

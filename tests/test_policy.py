@@ -86,6 +86,24 @@ def test_rollback_leaks_nothing():
   assert one([0.9, 0.9, 0.9], rollback=True).leaked[0] == 0
 
 
+def test_what_is_no_number_is_malicious():
+  """Of a verdict that was taken; where none was, NaN stands for that and counts for nothing."""
+  for dependency, at in (("medium", 0), ("low", -1)):
+    state = policy.start(jnp.asarray([np.nan]), SafetyConfig(dependency=dependency))
+    assert state.phase[0] == Phase.MALICIOUS and state.intervened_at[0] == at
+  state, nan, taken = policy.start(jnp.zeros(1), SafetyConfig()), jnp.asarray([np.nan]), jnp.ones(1, bool)
+  for t in range(3):
+    state = policy.update(state, jnp.asarray([t]), nan, taken, SafetyConfig())
+  assert state.intervened_at[0] == 3 and state.transition_at[0] == 0
+  assert one([np.nan] * 5).intervened_at[0] == -1
+
+
+def test_a_prefix_counts_where_it_is_swept():
+  replay = lambda **changes: policy.replay(
+      jnp.zeros(2), jnp.full((2, 6), 0.9), SafetyConfig(**changes), jnp.asarray([0, 2])).intervened_at.tolist()
+  assert replay() == [3, 3] and replay(sweep_prefill=False) == [3, 5]
+
+
 def test_an_open_alarm_is_checked_between_scheduled_steps():
   replay = one([0.1, 0.1, 0.9, 0.9, 0.9, 0.9], schedule="periodic(3)")
   assert replay.intervened_at[0] == 5 and replay.transition_at[0] == 2

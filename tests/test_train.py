@@ -200,6 +200,23 @@ def test_eight_devices_and_accumulation_update_as_one_device_does(data, lora, ac
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
 
 
+def test_micro_batches_are_summed_in_float32():
+  """In bfloat16 256 + 1 is 256."""
+  how, tx = TrainConfig(optimizer=OptimizerConfig(accumulation=17)), optax.sgd(1.0)
+  weights = {"params": {"w": jnp.zeros((), jnp.bfloat16)}}
+  state = train.TrainState(
+      step=jnp.zeros((), jnp.int32), trainable=weights, opt_state=tx.init(weights), rng=jnp.zeros(2, jnp.uint32),
+      frozen={"params": {}})
+  row = jnp.asarray([256.0] + 16 * [1.0])
+  batch = {name: row for name in ("loss_weights", "label_weight", "probe_weights", "kl_weights")}
+  def loss_of(config, model, variables, micro, total):
+    loss = jnp.sum(variables["params"]["w"] * micro["loss_weights"])
+    return loss, {"loss": loss}
+  state, metrics = train.train_step(how, None, tx, state, batch, loss_of)
+  assert metrics["grad_norm"] == 272 and state.trainable["params"]["w"].dtype == jnp.bfloat16
+  assert state.trainable["params"]["w"] == -272
+
+
 def test_packed_examples_give_the_loss_and_gradient_that_each_gives_alone(data):
   alone = small_config(data, mesh=ONE, loss=LossConfig(kl_weight=0.5))
   alone = dataclasses.replace(alone, data=dataclasses.replace(alone.data, batch_size=64, buckets=(64,)))
@@ -509,6 +526,8 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
      "found rollouts.enabled True and loss.dpo_beta 0.0"),
     (lambda c: {"stage": "pretrain", "probes": ProbeConfig(per_sequence=0), "rollouts": RolloutConfig(enabled=False),
                 "loss": LossConfig(kl_weight=1.0)}, "documents have none; set loss.kl_weight to 0"),
+    (lambda c: {"safety": SafetyConfig(r2=2)}, "min_window is 3, and a window of Rule 2 holds safety.r2 2 tokens"),
+    (lambda c: {"model_overrides": {"vocab_size": 100}}, "token id 2[0-9]+, and the model has 100 tokens; is this its"),
     (lambda c: {"frozen_layers": 2}, "frozen_layers is 2; the model has 2 layers: expected 0 to 1"),
 ])
 def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):

@@ -96,7 +96,7 @@ def encode_row(weights: Weights, prompt: str, target: str) -> tuple[np.ndarray, 
       *chat.encode_prompt(weights.tokenizer, prompt, system_prompt=weights.system_prompt), "sft",
       weights.header_sees_cls)
   answer = chat.encode_text(weights.tokenizer, target)
-  needed, limit = len(tokens) - 1 + len(answer), weights.model.config.max_seq_len
+  needed, limit = len(tokens) - 1 + len(answer), weights.model.config.context
   if needed > limit:
     raise ValueError(
         f"The attack's prompt and target have {needed} tokens, but the model's context is {limit}. Attack a shorter "
@@ -155,7 +155,8 @@ def score(
   judged = counts * jnp.asarray(schedule_lib.as_array(safety.schedule, slots), jnp.float32)[None]
   # softplus(logit of malicious) is -log P(benign).
   windows = jnp.sum(jax.nn.softplus(out.probe_logits) * judged, axis=1) / jnp.maximum(jnp.sum(judged, axis=1), 1)
-  loss = lm + cls_weight * (jax.nn.softplus(out.cls_logit) + windows)
+  query = jnp.where(safety.heeds_query, jax.nn.softplus(out.cls_logit), 0.0)  # An attacker fights what is heeded.
+  loss = lm + cls_weight * (query + windows)
   highest = jnp.max(jnp.where(judged > 0, jax.nn.sigmoid(out.probe_logits), 0), axis=1)
   return Scores(loss, lm, jax.nn.sigmoid(out.cls_logit), highest)
 

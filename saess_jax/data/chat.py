@@ -243,6 +243,8 @@ def check_messages(messages: Messages, system_prompt: str = "") -> list[dict[str
       raise ValueError(f"Message {index} has role {role!r}; expected system, user or assistant.")
     if not isinstance(content, str) or not content.strip():
       raise ValueError(f"Message {index} ({role}) has content {content!r}; expected text.")
+  if sum(message["role"] == "system" for message in messages) > 1:
+    raise ValueError("More than one system message is given; join them.")
   if messages[-1]["role"] != "user":
     raise ValueError(f"The last message has role {messages[-1]['role']!r}; a response follows on a user message.")
   return messages
