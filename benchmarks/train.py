@@ -35,6 +35,7 @@ from saess_jax import model as model_lib  # noqa: E402
 from saess_jax.config import LossConfig, MeshConfig, OptimizerConfig, ProbeConfig, TrainConfig  # noqa: E402
 from saess_jax.data import sources  # noqa: E402
 from saess_jax.masks import TokenKind  # noqa: E402
+from saess_jax.state import create_state  # noqa: E402
 
 PROBES = 4
 
@@ -78,7 +79,7 @@ class Ours:
     self._model = model_lib.Llama(train.config_of_training(CONFIG, shape))
     self._tx = train.optimizer(CONFIG.optimizer, 1000)
     with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
-      self._state, self._places = train.create_state(
+      self._state, self._places = create_state(
           CONFIG, self._model, model_lib.stack_layers(base), self._tx, self._mesh)
 
   def compile(self, batch: dict[str, np.ndarray], name: str) -> Any:

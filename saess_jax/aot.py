@@ -39,6 +39,7 @@ from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
 from saess_jax.data import pipeline
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, abstract_params
+from saess_jax.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _bytes(tree: Any) -> float:
 def train_program(config: TrainConfig, shape: ModelConfig, mesh: Mesh, loss_of: Any = None) -> Program:
   """The jitted training step and the shapes of its state and of a full batch."""
   model, tx = Llama(shape), train.optimizer(config.optimizer, 1000)
-  state = train.abstract_state(config, model, tx, mesh)
+  state = abstract_state(config, model, tx, mesh)
   place = sharding.batch_sharding(mesh)
   batch = {
       name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)

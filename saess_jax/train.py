@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -49,31 +48,7 @@ from saess_jax.data import builder, pipeline, rollouts, sources
 from saess_jax.generate import Generator
 from saess_jax.model import Llama
 from saess_jax.sampling import SamplingConfig
-
-
-@flax.struct.dataclass
-class TrainState:
-  """All that a step changes, and the frozen weights that it reads.
-
-  Attributes:
-    step: int32 scalar, steps done.
-    trainable: {"params": ..., "lora": ...}; with LoRA the pairs and the [CLS] parts, else all params; of either, what
-      stands above `frozen_layers`.
-    opt_state: of optax, for `trainable` alone.
-    rng: uint32 [2], the run's key, from which the LoRA pairs began; steps draw nothing.
-    frozen: {"params": ...}, the rest; not in checkpoints. For a KL term or DPO also "reference": the params that they
-      compare with, as far as they are learned.
-  """
-
-  step: jax.Array
-  trainable: Any
-  opt_state: Any
-  rng: jax.Array
-  frozen: Any
-
-  def saved(self) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return {"step": self.step, "trainable": self.trainable, "opt_state": self.opt_state, "rng": self.rng}
+from saess_jax.state import TrainState, create_state
 
 
 class Diverged(RuntimeError):
@@ -96,57 +71,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.warmup_cosine_decay_schedule(
       0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1),
       config.learning_rate * config.final_fraction)
-
-
-def _state_at_start(
-    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, params: Any, rng: jax.Array) -> TrainState:
-  reached = {name: leaf for name, leaf in params.items() if not model_lib.is_frozen(name, model.config)}
-  trainable = {"params": reached}
-  if config.lora.rank:
-    learned = {name: leaf for name, leaf in reached.items() if name in adapters.CLS_PARAMS}
-    trainable = {"params": learned, "lora": adapters.init_lora(reached, config.lora, rng)}
-  frozen = {"params": {name: leaf for name, leaf in params.items() if name not in trainable["params"]}}
-  if config.loss.kl_weight or config.objective == "dpo":
-    frozen["reference"] = {
-        name: leaf for name, leaf in trainable["params"].items() if name not in adapters.CLS_PARAMS}
-  return TrainState(
-      step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable),
-      rng=jax.random.key_data(rng), frozen=frozen)
-
-
-def abstract_state(
-    config: TrainConfig, model: Llama, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state (jax.ShapeDtypeStruct); no array is made."""
-  rng = jax.eval_shape(lambda: jax.random.key(config.seed))
-  boxed = model_lib.abstract_params(model.config)
-  state = jax.eval_shape(functools.partial(_state_at_start, config, model, tx), boxed, rng)
-  return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), sharding.unbox(state),
-      sharding.shardings(state, mesh))
-
-
-def create_state(
-    config: TrainConfig, model: Llama, base: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, TrainState]:
-  """The state at step 0, laid out over the mesh from its first byte, and its shardings.
-
-  Args:
-    base: params of the model's form of layers, without `vocab_padding`; host arrays go straight to their shards, in
-      the model's `param_dtype`.
-  """
-  rng = jax.random.key(config.seed)
-  boxed = model_lib.abstract_params(model.config)
-  state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, tx, mesh))
-  params = jax.tree.map(
-      lambda box, leaf, place: box.replace_boxed(weights.put(np.asarray(leaf, box.value.dtype), place)),
-      boxed,
-      model_lib.resize_vocab(base, model.config.vocab_size + model.config.vocab_padding),
-      sharding.shardings(boxed, mesh),
-      is_leaf=lambda x: isinstance(x, nn.Partitioned))
-  create = jax.jit(
-      lambda params, rng: sharding.unbox(_state_at_start(config, model, tx, params, rng)),
-      out_shardings=state_shardings)
-  return create(params, rng), state_shardings
 
 
 def loss_of_batch(

@@ -52,6 +52,7 @@ from saess_jax.config import (
   TrainConfig,
 )
 from saess_jax.data import pipeline, sources
+from saess_jax.state import TrainState, create_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -146,7 +147,7 @@ def first_step(config, devices):
   training = train.config_of_training(config, shape)
   llama, tx = model.Llama(training), train.optimizer(config.optimizer, 10)
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    state, places = train.create_state(config, llama, model.stack_layers(base, config.frozen_layers), tx, mesh)
+    state, places = create_state(config, llama, model.stack_layers(base, config.frozen_layers), tx, mesh)
     # Zero heads and cold starts hide differences: give every [CLS] part and adapter some size first.
     stir = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(str(path))), x.shape, x.dtype)
     state = state.replace(trainable=jax.tree_util.tree_map_with_path(stir, state.trainable))
@@ -204,7 +205,7 @@ def test_micro_batches_are_summed_in_float32():
   """In bfloat16 256 + 1 is 256."""
   how, tx = TrainConfig(optimizer=OptimizerConfig(accumulation=17)), optax.sgd(1.0)
   weights = {"params": {"w": jnp.zeros((), jnp.bfloat16)}}
-  state = train.TrainState(
+  state = TrainState(
       step=jnp.zeros((), jnp.int32), trainable=weights, opt_state=tx.init(weights), rng=jnp.zeros(2, jnp.uint32),
       frozen={"params": {}})
   row = jnp.asarray([256.0] + 16 * [1.0])
@@ -250,7 +251,7 @@ def test_the_loss_of_a_batch_is_that_of_the_dense_mask(tiny_params, tmp_path, ch
   ours, our_parts = train.loss_of_batch(config, llama, {"params": tiny_params}, batch, total)
   assert ours == pytest.approx(float(loss), rel=1e-5)
   assert our_parts == {name: pytest.approx(float(value), rel=1e-5) for name, value in parts.items()}
-  state = train.TrainState(0, {"params": tiny_params}, None, None, {"params": {}})
+  state = TrainState(0, {"params": tiny_params}, None, None, {"params": {}})
   validated = train._evaluate(functools.partial(train.eval_step, config, llama), state, [batch])
   assert validated == {name: pytest.approx(float(parts[name]), rel=1e-5) for name in parts if name != "loss"}
 
@@ -355,7 +356,7 @@ def test_the_kl_term_compares_with_the_weights_that_the_run_starts_from(data, fr
   step = jax.jit(functools.partial(train.train_step, config, llama, tx), donate_argnums=0)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    state, _ = train.create_state(config, llama, model.stack_layers(base, frozen_layers), tx, mesh)
+    state, _ = create_state(config, llama, model.stack_layers(base, frozen_layers), tx, mesh)
     kept = jax.device_get(state.frozen)
     expected = kl_by_hand(llama, {**state.frozen["params"], **state.trainable["params"]}, batch)
     seen = []
