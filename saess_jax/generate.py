@@ -212,9 +212,8 @@ class Generator:
   def _encode(self, prompts, prefixes, limit):
     """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
     rows = [
-        chat.insert_cls(
-            *chat.encode_prompt(self.tokenizer, prompt, system_prompt=self._system_prompt), "sft",
-            self._header_sees_cls)
+        chat.encode_request(
+            self.tokenizer, prompt, system_prompt=self._system_prompt, header_sees_cls=self._header_sees_cls)
         for prompt in prompts]
     forced = [chat.encode_text(self.tokenizer, prefix) for prefix in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):

@@ -353,7 +353,7 @@ def test_generator_gives_text_back_in_order(tiny_params):
 def test_a_response_says_what_a_rollback_into_its_prefix_did(tiny_params):
   # The second prefix begins as the refusal does.
   tokenizer, prompts, prefixes = hf.byte_tokenizer(), ["mid one", "a"], ["First, ", "Sure, here is how: "]
-  rows = [chat.insert_cls(*chat.encode_prompt(tokenizer, prompt), "sft", True) for prompt in prompts]
+  rows = [chat.encode_request(tokenizer, prompt) for prompt in prompts]
   prompt = decode.pad_prompts(rows, [chat.encode_text(tokenizer, prefix) for prefix in prefixes], prefix_length=64)
   decoded = lambda safety: generate._jitted(model.Llama(TINY))[0](  # As the generator's, which compiles nothing more.
       tiny_params, prompt, jax.random.split(jax.random.key(0), 2),
@@ -399,7 +399,7 @@ def test_the_generator_stores_cls_where_the_run_did(tiny_params):
       seen: [r.text for r in generate.Generator(
           model.Llama(TINY), loud, tokenizer, SafetyConfig(dependency="low"), max_new_tokens=8, header_sees_cls=seen
       ).respond(asked)] for seen in (True, False)}
-  rows = [chat.insert_cls(*chat.encode_prompt(tokenizer, text), "sft", False) for text in asked]
+  rows = [chat.encode_request(tokenizer, text, header_sees_cls=False) for text in asked]
   by_hand = decode.decode(
       model.Llama(TINY), loud, decode.pad_prompts(rows), jax.random.key(0),
       decode.decode_config(tokenizer, SafetyConfig(dependency="low"), max_new_tokens=8, buffer=32))

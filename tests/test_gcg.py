@@ -218,7 +218,7 @@ def test_the_same_for_the_same_behavior_and_seed_whatever_the_others_are(params)
 def test_adaptive_gcg_talks_the_verdict_down_where_plain_gcg_does_not(params):
   def verdict(attack):
     *_, attempt = attack(8, candidates=32, top_k=TOP_K).attempts(BEHAVIORS[:1], target(params))[0]
-    row = chat.insert_cls(*chat.encode_prompt(tiny_tokenizer(), attempt.prompt), "sft")
+    row = chat.encode_request(tiny_tokenizer(), attempt.prompt)
     weights = target(params).weights("saess")
     prompt = decode.pad_prompts([row])
     logit = weights.model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, stage="sft").cls_logit

@@ -23,7 +23,7 @@ def with_verdict(params):
   the difference of means.
   """
   tiny = model.Llama(config.model_config("tiny", scan_layers=False))
-  rows = [chat.insert_cls(*chat.encode_prompt(tiny_tokenizer(), text + START), "sft") for text in BEHAVIORS + HARMLESS]
+  rows = [chat.encode_request(tiny_tokenizer(), text + START) for text in BEHAVIORS + HARMLESS]
   prompt = decode.pad_prompts(rows)
   out = jax.jit(lambda params: tiny.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, stage="sft"))(params)
   at = np.argmax(prompt.kinds == TokenKind.CLS, axis=1)

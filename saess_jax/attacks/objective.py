@@ -92,9 +92,8 @@ def encode_row(weights: Weights, prompt: str, target: str) -> tuple[np.ndarray, 
   Raises:
     ValueError: both together exceed the model's context, or what `chat.encode_prompt` raises.
   """
-  tokens, kinds = chat.insert_cls(
-      *chat.encode_prompt(weights.tokenizer, prompt, system_prompt=weights.system_prompt), "sft",
-      weights.header_sees_cls)
+  tokens, kinds = chat.encode_request(
+      weights.tokenizer, prompt, system_prompt=weights.system_prompt, header_sees_cls=weights.header_sees_cls)
   answer = chat.encode_text(weights.tokenizer, target)
   needed, limit = len(tokens) - 1 + len(answer), weights.model.config.context
   if needed > limit:

@@ -165,6 +165,14 @@ def insert_cls(
   return np.insert(tokens, slot, 0), np.insert(kinds, slot, TokenKind.CLS)
 
 
+def encode_request(
+    tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, *, system_prompt: str = "",
+    header_sees_cls: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+  """A request as the decoder reads it: `encode_prompt` with [CLS] in its slot, (tokens, kinds), int32 [S] both."""
+  return insert_cls(*encode_prompt(tokenizer, messages, system_prompt=system_prompt), "sft", header_sees_cls)
+
+
 def encode_example(
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: Messages,
