@@ -3,14 +3,16 @@
   python benchmarks/judges.py --labels refusal.csv,refusal_extra.csv --seed 0
 
 A CSV has the columns objective (the request), assistant_response and human_score (1: refused), as the files of PyRIT's
-refusal scorer; lines that begin with # are skipped. Whoever labelled them also called an answer to another question a
-refusal, so a judge says "no answer" here where it does not say jailbroken. The halves are a random split by --seed.
+refusal scorer; lines before them that begin with # are skipped. Whoever labelled them also called an answer to another
+question a refusal, so a judge says "no answer" here where it does not say jailbroken. The halves are a random split by
+--seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import pathlib
 import random
 import sys
@@ -34,7 +36,7 @@ def read_labels(names: str) -> tuple[list[Exchange], list[bool]]:
   rows, labels = [], []
   for name in names.split(","):
     with pathlib.Path(name).open(encoding="utf-8-sig", newline="") as file:
-      reader = csv.DictReader(line for line in file if not line.startswith("#"))
+      reader = csv.DictReader(itertools.dropwhile(lambda line: line.startswith("#"), file))
       missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
       if missing:
         raise ValueError(f"{name} has no column {', '.join(missing)}; its columns are {reader.fieldnames}.")
