@@ -5,6 +5,7 @@
   checkpoints/STEP.damaged/    a step that could not be read when the run was resumed; may be deleted
   rollouts.jsonl       the base model's completions of the training prompts
   tensorboard/         events
+  lock                 empty; locked while a process trains there
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class Checkpoints:
 
   def _drop_damaged_metrics(self) -> None:
     """Orbax reads all metrics first, and would stop at bad ones; a step is whole without, though never the best."""
-    for path in self.folder.glob("*/metrics/metrics"):
+    for path in self.folder.glob("[0-9]*/metrics/metrics"):
       try:
         json.loads(path.read_text())
+      except FileNotFoundError:
+        continue  # A run at work has just let that step go.
       except ValueError as error:
         shutil.rmtree(path.parent)
         print(f"{path} is damaged ({error}); that step no longer counts as the best one.", file=sys.stderr)

@@ -64,6 +64,10 @@ class ModelConfig:
   remat: str = "none"
   frozen_layers: int = 0  # Lowest layers that no gradient reaches, nor the embeddings below; a stack of their own.
 
+  def __post_init__(self):
+    if isinstance(self.rope_scaling, Mapping):  # As JSON and the command line have it.
+      object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+
   @property
   def context(self) -> int:
     """Tokens of query and response that [CLS] can look back on, itself not counted."""

@@ -137,7 +137,9 @@ def _target(config: EvalConfig, models: Models, victim: str) -> attacks_lib.Targ
   query = lambda model, prompts, tokens: models.generator(model, max(tokens, config.max_new_tokens)).respond(
       list(prompts), max_new_tokens=tokens)
   any_model = models.generator(config.models[0], config.max_new_tokens)  # They read alike, and have the same context.
-  return attacks_lib.Target(victim, any_model.tokenizer, query, models.weights, any_model.context, config.seed)
+  return attacks_lib.Target(
+      victim, any_model.tokenizer, query, models.weights, any_model.context, config.seed, models.safety,
+      config.max_new_tokens)
 
 
 def _respond(

@@ -36,7 +36,7 @@ _FIXED = {
     "quantization_config": None}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -96,7 +96,8 @@ def locate(spec: str) -> pathlib.Path:
     if not _HUB_ID.fullmatch(spec) or path.suffix == ".gguf":
       raise FileNotFoundError(f"{spec!r} does not exist; expected {expected}.")
     try:
-      return pathlib.Path(huggingface_hub.snapshot_download(spec, allow_patterns=_HUB_FILES))
+      return pathlib.Path(huggingface_hub.snapshot_download(
+          spec, allow_patterns=_HUB_FILES, ignore_patterns=("consolidated*", "*/*")))  # The weights in other forms.
     except (OSError, ValueError) as error:
       raise FileNotFoundError(
           f"{spec!r} is no local path, and the Hub did not give a model of that id: {error} Expected {expected}; for a "
@@ -186,6 +187,8 @@ def read_params(
     if promised - names:
       raise ValueError(f"{path} lacks {min(promised - names)}, which the index says it holds; fetch it again.")
   # Old Llamas store the rotary frequencies, which follow from the config, and some files a tied head a second time.
+  if config.tie_embeddings and "lm_head.weight" in shapes:
+    _check_tied(holders)
   shapes = {
       name: shape for name, shape in shapes.items()
       if not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight")}
@@ -297,16 +300,32 @@ def stored_dtypes(folder: str | pathlib.Path) -> list[str]:
   return sorted(found)
 
 
+def _check_tied(holders: dict[str, pathlib.Path]) -> None:
+  """Raises ValueError where a head that the config calls the embeddings is another one."""
+  head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+  if embedding in holders:
+    with _open(holders[head]) as one, _open(holders[embedding]) as other:
+      if not np.array_equal(one.get_tensor(head), other.get_tensor(embedding)):
+        raise ValueError(
+            f"{holders[head]} holds an lm_head.weight of its own, but tie_word_embeddings in config.json says that it "
+            "is the embeddings. Set that to false if the head is the model's.")
+
+
 def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-  """The folder's tokenizer.
+  """The folder's tokenizer, as its tokenizer.json has it.
 
   Raises:
-    FileNotFoundError: the folder has none.
+    FileNotFoundError: the folder has no tokenizer.json.
   """
   folder = pathlib.Path(folder)
-  if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-    raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model.")
-  return transformers.AutoTokenizer.from_pretrained(folder)
+  if not (folder / "tokenizer.json").is_file():
+    old = ", but a tokenizer.model" * (folder / "tokenizer.model").is_file()
+    raise FileNotFoundError(
+        f"{folder} has no tokenizer.json{old}; write one with transformers "
+        "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), which needs sentencepiece for a tokenizer.model.")
+  # Not by AutoTokenizer, which makes a Llama's anew: under "legacy": false, as Llama-2's config has it, "[" behind <s>
+  # is another token there than in tokenizer.json and in training.
+  return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:

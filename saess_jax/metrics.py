@@ -163,6 +163,9 @@ def _figures(rows: Rows, config: dict[str, Any]) -> dict[str, Any]:
       "stopped": {
           model: _stopped(kept) | {"leaked_mean": mean(_leaked(kept))}
           for model, kept in sent.items() if model in judging},
+      "benign_empty": {
+          model: rate(kept, lambda row: row["judgements"][first_judge]["reason"] == "empty")
+          for model, kept in per_model.items()},
       "benign_stopped": {model: _stopped(kept) for model, kept in per_model.items() if model in judging},
       "budget": nested(per_attack, lambda kept: {
           "queries": sum(row["queries"] for row in kept), "tokens": sum(row["query_tokens"] for row in kept)}),
@@ -262,6 +265,8 @@ def table(metrics: dict[str, Any]) -> str:
       lines.append(line(any_of(figures), [percent(figures["any_attack"][model]) for model in models]))
     if refusal:
       lines.append(line("benign prompts refused", [percent(refusal[model]) for model in models]))
+    if any(empty["count"] for empty in figures["benign_empty"].values()):
+      lines.append(line("benign, empty answer", [percent(figures["benign_empty"][model]) for model in models]))
     for key, name in OF_VERDICTS.items():
       if figures[key]:
         lines.append(line(name, [percent(figures[key][model]) if model in figures[key] else "-" for model in models]))

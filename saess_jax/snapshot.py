@@ -19,8 +19,8 @@ import transformers
 from jax.sharding import Mesh
 
 from saess_jax import config as config_lib
-from saess_jax import damage, sharding, staging, weights
-from saess_jax.config import ModelConfig, RopeScaling, SafetyConfig, safety_as_dict
+from saess_jax import damage, hf, sharding, staging, weights
+from saess_jax.config import ModelConfig, SafetyConfig, safety_as_dict
 from saess_jax.hf import Pretrained
 from saess_jax.model import abstract_params
 
@@ -74,18 +74,15 @@ def read_settings(folder: str | pathlib.Path) -> Settings:
   path = pathlib.Path(folder).expanduser() / "snapshot.json"
   try:
     values = json.loads(path.read_text())
-    model = values["model"]
-    if model["rope_scaling"]:
-      model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-    safety = values["safety"]
+    model, safety = ModelConfig(**values["model"]), values["safety"]
     safety = None if safety is None else config_lib.from_config_dict(SafetyConfig, safety)
-    return Settings(ModelConfig(**model), safety, values["source"], values["layout"])
+    return Settings(model, safety, values["source"], values["layout"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); write the folder again (saess_jax.convert).") from error
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-  return transformers.AutoTokenizer.from_pretrained(pathlib.Path(folder).expanduser() / "tokenizer")
+  return hf.read_tokenizer(pathlib.Path(folder).expanduser() / "tokenizer")
 
 
 def read(folder: str | pathlib.Path, dtype: str = "", mesh: Mesh | None = None) -> Pretrained:

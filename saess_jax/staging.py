@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import IO
 
 LOCK = "lock"  # The file of `alone`.
 
@@ -29,27 +30,23 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
   folder = pathlib.Path(folder).expanduser().absolute()
   refuse_existing(folder)
   unfinished = folder.with_name(folder.name + ".unfinished")
-  was_there = unfinished.exists()
-  unfinished.mkdir(parents=True, exist_ok=True)
-  lock = os.open(unfinished, os.O_RDONLY)
-  try:
+  unfinished.parent.mkdir(parents=True, exist_ok=True)
+  with open(unfinished.with_name(unfinished.name + ".lock"), "a") as lock:  # A file: NFS locks no folders.
+    if not _locked(lock):
+      raise FileExistsError(f"Another process is writing {folder} now (in {unfinished}); wait for it.")
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise FileExistsError(f"Another process is writing {folder} now (in {unfinished}); wait for it.") from None
-    if was_there:
-      print(f"{unfinished} was left by a process that did not finish: starting over.", file=sys.stderr)
-      for entry in unfinished.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    try:
+      if unfinished.exists():
+        print(f"{unfinished} was left by a process that did not finish: starting over.", file=sys.stderr)
+        shutil.rmtree(unfinished)
+      unfinished.mkdir()
       yield unfinished
       refuse_existing(folder)
       unfinished.rename(folder)
     except BaseException:
       shutil.rmtree(unfinished, ignore_errors=True)
       raise
-  finally:
-    os.close(lock)
+    finally:
+      pathlib.Path(lock.name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -62,11 +59,18 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
     ValueError: another process is in it.
   """
   with open(folder / LOCK, "a") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(f"Another process is at work in {folder}; wait for it, or choose another folder.") from None
+    if not _locked(file):
+      raise ValueError(f"Another process is at work in {folder}; wait for it, or choose another folder.")
     yield
+
+
+def _locked(file: IO[str]) -> bool:
+  """Locks an open file until it is closed; False if another process has it, or had it and has just deleted it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return os.fstat(file.fileno()).st_nlink > 0
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -70,6 +70,12 @@ def load_models(config: EvalConfig) -> Models:
     identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
   elif adapters.is_adapter(path):
     identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
+  else:
+    identity = f"{path}{_files_of(path)}"
+    if has_cls and "base" in config.models:
+      raise ValueError(
+          f"What {path} was trained from is not known, so there is no \"base\" to compare with; expected "
+          "--config.models=\"('plain','saess')\", its own weights without the signal and with it.")
   changes = {name: value for name, value in config.safety.items() if value is not None}
   safety = from_config_dict(SafetyConfig, dataclasses.asdict(settings) | changes)
   research = functools.cache(lambda: pretrained.load_for_research(path, step)[:3])
@@ -96,3 +102,13 @@ def load_models(config: EvalConfig) -> Models:
         batch_size=config.batch_size, seed=config.seed, **layout)
 
   return Models(identity, has_cls, generator, weights, safety)
+
+
+def _files_of(path: str) -> str:
+  """Tells weights that were replaced in place: sizes and times of what is at a local path."""
+  root = pathlib.Path(path).expanduser()
+  files = sorted(file for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file())
+  if not files:
+    return ""  # A model of the Hub, or of an installed package.
+  seen = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+  return f", files {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"

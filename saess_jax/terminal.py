@@ -25,6 +25,11 @@ def colour(text: str, probability: float) -> str:
   return f"\x1b[38;2;{red};{green};80m{text}{RESET}"
 
 
+def _printable(text: str) -> str:
+  """Nothing that a model writes steers the terminal."""
+  return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
   """Writes a response while it is decoded.
 
@@ -43,7 +48,8 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
       where = "by the query" if chunk.intervened_at == 0 else f"after token {chunk.intervened_at}"
       stream.write(f"[intervention {where}]\n" if chunk.intervened_at == 0 else f" [intervention {where}] ")
       intervened = True
-    stream.write("".join(map(colour, chunk.tokens, chunk.cls_prob)) if colours else chunk.text)
+    stream.write(
+        "".join(map(colour, map(_printable, chunk.tokens), chunk.cls_prob)) if colours else _printable(chunk.text))
     stream.flush()
     said += chunk.text
   stream.write("\n")

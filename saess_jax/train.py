@@ -198,6 +198,9 @@ def _sample_rollouts(
   """The rollout step: the first process samples and writes, all read: prompt -> token ids.
 
   A run that goes on from another takes over what that one sampled: its model was not aligned yet.
+
+  Raises:
+    ValueError: that lacks some of the prompts, and the other run's model is aligned now.
   """
   generator = functools.cache(lambda: Generator(  # Where all are there already the weights need not be on a device.
       Llama(shape), jax.tree.map(jnp.asarray, base), tokenizer, safety=None,
@@ -211,6 +214,12 @@ def _sample_rollouts(
     if first:
       if runs.is_run(config.weights) and before.is_file() and not path.exists():
         staging.write_text(path, before.read_text(encoding="utf-8"))
+      missing = {row.prompt for row in rows} - rollouts.read(path).keys()
+      if missing and runs.is_run(config.weights) and runs.read_config(config.weights).stage == "sft":
+        raise ValueError(
+            f"{path} lacks answers of the unaligned base to {len(missing)} prompts, and {config.weights} is aligned: "
+            "its own would pass for harm. Give the data, seed and rollouts of that run, or copy a rollouts.jsonl there "
+            "that answers them.")
       rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
 
@@ -223,7 +232,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
   Raises:
     ValueError: bad settings or data, a mesh that does not fit, a workdir of another run or of other data; before
-      anything is written.
+      anything is written. A workdir that another process trains in, or an aligned run's weights that would have to
+      answer prompts in the unaligned base's place.
     Diverged: the loss is not finite; the last good checkpoint stays.
     damage.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.
@@ -243,51 +253,62 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
       preflight.check_ids(examples, shape.vocab_size)
       pipeline.Batches(examples, as_ours)
   workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
-  rows = cluster.first_then_rest("preparing the data", lambda: {
-      split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
-  limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
-  rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
-  known = None
-  if config.rollouts.enabled:
-    sampled = sources.draw_evenly(
-        rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed, config.rollouts.written)
-    known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
+  with _alone(workdir):
+    rows = cluster.first_then_rest("preparing the data", lambda: {
+        split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
+    limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
+    rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
+    known = None
+    if config.rollouts.enabled:
+      sampled = sources.draw_evenly(
+          rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed, config.rollouts.written)
+      known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
 
-  examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
-  cut, refusals = pipeline.unfinished(examples)
-  if 2 * cut > refusals and jax.process_index() == 0:
-    logging.warning(
-        "%d of %d refusals are cut before their end, from which the model does not learn to stop; raise "
-        "data.max_response (%d) or data.max_length (%d).", cut, refusals, config.data.max_response,
-        config.data.max_length)
-  here = sharding.rows_here(mesh, config.data.batch_size)
-  loader = pipeline.Loader(pipeline.Batches(examples, config, here, config.epochs))
-  steps = min(len(loader), config.max_steps or len(loader))
-  held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
-  validation = pipeline.Batches(held_out, config, here) if held_out else ()
+    examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
+    cut, refusals = pipeline.unfinished(examples)
+    if 2 * cut > refusals and jax.process_index() == 0:
+      logging.warning(
+          "%d of %d refusals are cut before their end, from which the model does not learn to stop; raise "
+          "data.max_response (%d) or data.max_length (%d).", cut, refusals, config.data.max_response,
+          config.data.max_length)
+    here = sharding.rows_here(mesh, config.data.batch_size)
+    loader = pipeline.Loader(pipeline.Batches(examples, config, here, config.epochs))
+    steps = min(len(loader), config.max_steps or len(loader))
+    held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
+    validation = pipeline.Batches(held_out, config, here) if held_out else ()
 
-  model, tx = Llama(training), optimizer(config.optimizer, steps)
-  place = lambda local: jax.make_array_from_process_local_data(
-      sharding.batch_sharding(mesh), local, (config.data.batch_size, *local.shape[1:]))
-  formed = lambda tree: model_lib.stack_layers(tree, training.frozen_layers) if training.scan_layers else tree
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    state, state_shardings = create_state(config, model, formed(base | (start.cls if start else {})), tx, mesh)
-    if start:
-      lora = jax.tree.map(weights.put, formed(start.lora), state_shardings.trainable["lora"])
-      state = state.replace(trainable=state.trainable | {"lora": lora})
-    del base, start
-    manager = checkpoint.Checkpoints(workdir, config.keep_last)
-    state = _resume(manager, state, loader)
-    # The wish to stop, a bool a device, is summed up by the step's program: all processes read it with the metrics.
-    step = jax.jit(
-        lambda state, batch, wishes: (*train_step(config, model, tx, state, batch), jnp.any(wishes)),
-        donate_argnums=0, out_shardings=(state_shardings, None, None))
-    update = lambda state, batch, stop: step(state, jax.tree.map(place, batch), sharding.one_a_device(mesh, stop))
-    validate = jax.jit(functools.partial(eval_step, config, model))
-    run_validation = lambda state: _evaluate(
-        validate, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
-    with _wishes_to_stop() as asked:
-      return _loop(config, workdir, manager, loader, steps, state, update, run_validation, asked)
+    model, tx = Llama(training), optimizer(config.optimizer, steps)
+    place = lambda local: jax.make_array_from_process_local_data(
+        sharding.batch_sharding(mesh), local, (config.data.batch_size, *local.shape[1:]))
+    formed = lambda tree: model_lib.stack_layers(tree, training.frozen_layers) if training.scan_layers else tree
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+      state, state_shardings = create_state(config, model, formed(base | (start.cls if start else {})), tx, mesh)
+      if start:
+        lora = jax.tree.map(weights.put, formed(start.lora), state_shardings.trainable["lora"])
+        state = state.replace(trainable=state.trainable | {"lora": lora})
+      del base, start
+      manager = checkpoint.Checkpoints(workdir, config.keep_last)
+      state = _resume(manager, state, loader)
+      # The wish to stop, a bool a device, is summed up by the step's program: all processes read it with the metrics.
+      step = jax.jit(
+          lambda state, batch, wishes: (*train_step(config, model, tx, state, batch), jnp.any(wishes)),
+          donate_argnums=0, out_shardings=(state_shardings, None, None))
+      update = lambda state, batch, stop: step(state, jax.tree.map(place, batch), sharding.one_a_device(mesh, stop))
+      validate = jax.jit(functools.partial(eval_step, config, model))
+      run_validation = lambda state: _evaluate(
+          validate, state, (jax.tree.map(place, batch) for batch in validation)) if held_out else {}
+      with _wishes_to_stop() as asked:
+        return _loop(config, workdir, manager, loader, steps, state, update, run_validation, asked)
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[None]:
+  """Lets one run at a time into the workdir; the first process holds the lock. Raises ValueError for a second one."""
+  with contextlib.ExitStack() as held:
+    with cluster.together(f"locking {workdir}") as first:
+      if first:
+        held.enter_context(staging.alone(workdir))
+    yield
 
 
 def _read_start(config: TrainConfig, shape: model_lib.ModelConfig, base: Any) -> adapters.Adapter:

@@ -150,6 +150,14 @@ def test_a_refused_key_is_not_tried_again(server):
   assert not waits and len(server.requests) == 1
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_exchange_that_a_server_will_not_read_is_no_verdict(server, status):
+  server.replies = [graded(0, 5, 5), (status, {"error": "context length exceeded"}), graded(1, 1, 1)]
+  verdicts = OpenAIJudge(ApiConfig(attempts=1), sleep=lambda seconds: None).judge_many(ROWS)
+  assert [verdict.jailbroken for verdict in verdicts] == [True, None, False]
+  assert "context length exceeded" in verdicts[1].raw
+
+
 def test_the_budget_stops_before_it_is_exceeded(server):
   server.replies = [graded(0, 5, 5, prompt_tokens=1000, completion_tokens=100)] * 3
   judge, _ = judge_of(input_price=1000, output_price=1000, max_tokens=100, budget=3.0)

@@ -112,7 +112,7 @@ def test_the_plain_pairs_keep_theirs():
   labels = {idea: sorted(r["label"] for r in pair) for idea, pair in itertools.groupby(records, lambda r: r["idea"])}
   assert all(pair == ["benign", "malicious"] for pair in labels.values()) and 2 * len(labels) == len(rows)
   split = sources.split_rows(rows)
-  assert checks.bag_of_words_accuracy(split["train"], split["test"]) < 0.60
+  assert checks.bag_of_words_accuracy(split["train"], split["test"]) < 0.70
   assert checks.form_accuracy(split["train"], split["test"]) < 0.60
   embedded = {part: sources.embedded_rows(part) for part in sources.SPLITS}
   assert not checks.near_duplicates(rows, embedded["validation"] + embedded["test"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saess_jax import preflight, schedule, sharding
-from saess_jax.config import EvalConfig, TrainConfig, from_config_dict, to_config_dict
+from saess_jax.config import EvalConfig, RopeScaling, TrainConfig, from_config_dict, model_config, to_config_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -21,6 +21,11 @@ def test_config_file(path):
   assert to_config_dict(config) == values
   if kind is TrainConfig:
     preflight.check(config, sharding.make_mesh(config.mesh))
+
+
+def test_rope_scaling_as_json_has_it():
+  shape = model_config("tiny", rope_scaling={"factor": 4.0})
+  assert shape.rope_scaling == RopeScaling(factor=4.0) and hash(shape)
 
 
 @pytest.mark.parametrize("name, changed", [

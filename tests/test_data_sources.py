@@ -218,6 +218,15 @@ def test_split_of_user_files_is_disjoint_complete_and_stable(tmp_path):
   assert sources.split_rows(rows, seed=1)["test"] != by_split["test"]
 
 
+def test_rows_of_one_idea_stay_together():
+  row = lambda prompt, label, idea: sources.Row(prompt, "", label, "", "", idea)
+  rows = [row(f"{word} {i}", label, f"idea {i}") for i in range(60) for label, word in enumerate(("bake", "burn"))]
+  rows.append(row("bake 7", 0, "another idea"))  # An equal prompt goes where the first one is.
+  split = sources.split_rows(rows)
+  ideas = [{row.prompt.split()[1] for row in kept} for kept in split.values()]
+  assert len(split) == 3 and sum(map(len, ideas)) == 60 == len(set.union(*ideas))
+
+
 def test_load_split_of_a_file(tmp_path):
   path = write(tmp_path / "a.csv", "prompt,label\n" + "".join(f"p{i},{i % 2}\n" for i in range(60)))
   loaded = [row for split in sources.SPLITS for row in sources.load_split(path, split)]

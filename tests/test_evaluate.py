@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import runpy
@@ -846,9 +847,9 @@ def test_a_model_is_asked_in_the_layout_that_it_was_trained_in(tiny_params, tmp_
   loud = {**tiny_params, "cls_embedding": 30 * tiny_params["cls_embedding"]}  # So that who sees it says another thing.
   export_hf(tmp_path / "model", model_config("tiny", scan_layers=False), loud, tokenizer, safety,
             system_prompt=layout[0], header_sees_cls=layout[1])
-  models = subjects.load_models(EvalConfig(checkpoint=str(tmp_path / "model"), models=("base", "saess")))
+  models = subjects.load_models(EvalConfig(checkpoint=str(tmp_path / "model"), models=("plain", "saess")))
   weights = models.weights("saess")
-  for read in (weights, models.weights("base")):
+  for read in (weights, models.weights("plain")):
     assert (read.system_prompt, read.header_sees_cls) == layout
   (said,) = models.generator("saess", 8).respond(["Bake bread"])
   def by_hand(system_prompt, header_sees_cls):
@@ -860,6 +861,18 @@ def test_a_model_is_asked_in_the_layout_that_it_was_trained_in(tiny_params, tmp_
     return float(out.initial_prob[0]), out.tokens[0, : out.lengths[0]].tolist()
   assert by_hand(*layout) == (said.initial_prob, said.ids[: len(said.tokens)])
   assert by_hand("", False)[0] != said.initial_prob and by_hand("Be kind.", True)[1] != by_hand(*layout)[1]
+
+
+def test_weights_with_a_signal_have_no_base_and_are_told_from_those_in_their_place(tiny_params, tmp_path):
+  folder = tmp_path / "model"
+  export_hf(folder, model_config("tiny", scan_layers=False), tiny_params, tiny_tokenizer(), SafetyConfig())
+  with pytest.raises(ValueError, match="was trained from is not known, so there is no .base.*'plain','saess'"):
+    subjects.load_models(EvalConfig(checkpoint=str(folder)))
+  identity = lambda: subjects.load_models(EvalConfig(checkpoint=str(folder), models=("saess",))).identity
+  before = identity()
+  assert before == identity()
+  os.utime(folder / "model.safetensors", ns=(0, 0))
+  assert identity() != before
 
 
 def test_with_real_tiny_models(config, tmp_path):

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 import transformers
 from make_golden import CASES, TOKENS, hf_config, hf_state, write_folder
 from tiny_tokenizer import tiny_tokenizer
@@ -249,8 +250,32 @@ def test_bad_specs(tmp_path):
     hf.load_pretrained(str(write_folder(tmp_path)), "float8")
   with pytest.raises(ValueError, match="expected a .gguf file or a folder"):
     hf.load_pretrained(str(tmp_path / "model.safetensors"))
-  with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+  with pytest.raises(FileNotFoundError, match="has no tokenizer.json; write one"):
     hf.read_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_reads_as_its_file_says(tmp_path):
+  """Where AutoTokenizer would make it anew from the config: behind <s> Llama-2 reads "▁[", which is what it knows."""
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "[", "▁["]
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(
+      vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("▁", "[")], byte_fallback=True, unk_token="<unk>"))
+  made.normalizer = tokenizers.normalizers.Sequence([
+      tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+  made.add_special_tokens(["<unk>", "<s>", "</s>"])
+  made.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+      {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+  assert hf.read_tokenizer(tmp_path).tokenize("<s>[") == ["<s>", "▁["]
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path).tokenize("<s>[") == ["<s>", "["]
+
+
+def test_a_tied_head_that_is_none_is_refused(tmp_path):
+  folder = write_folder(tmp_path)
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+  with pytest.raises(ValueError, match="lm_head.weight of its own, but tie_word_embeddings"):
+    hf.read_params(folder)
 
 
 def test_transformers_4_configs(tmp_path, monkeypatch):

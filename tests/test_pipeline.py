@@ -200,12 +200,12 @@ def test_openers_in_training_are_not_those_of_attacks():
     ("I don't have the ability to", False),
     ("Be glad that you are unable to fail.", False),  # A good answer too many is left out rather than a bad one kept.
 ])
-def test_a_benign_rollout_that_declines_is_no_target(said, used):
+def test_a_rollout_that_declines_is_no_target_and_no_harm(said, used):
   ids = tiny_tokenizer()(said).input_ids[: CONFIG.data.max_response]
   (example,) = build([GOOD], {GOOD.prompt: ids})
   assert (response(example).tolist() == ids) == used
-  refusal, harmful = build([BAD], {BAD.prompt: ids})  # To a malicious one it is what the base says.
-  assert response(harmful).tolist() == ids
+  trajectories = [example.trajectory for example in build([BAD], {BAD.prompt: ids})]
+  assert trajectories == ["refusal", "harmful"][: 1 + used]
 
 
 def test_a_malicious_row_without_a_refusal_gives_its_query_where_the_decoder_asks_for_one():

@@ -503,7 +503,7 @@ def test_everything_listed_links_to_its_row(tmp_path):
   assert (f"responses.jsonl , line {failure + 1} with suite file:prompts.csv, method prefill_5, model saess, index 5, "
           "attempt 0") in detail
   assert json.loads((tmp_path / "responses.jsonl").read_text().split("\n")[failure])["index"] == 5
-  for words in ("judge rules  jailbroken: no refusal (version 8)", "judge prefix  jailbroken: no phrase",
+  for words in ("judge rules  jailbroken: no refusal (version 9)", "judge prefix  jailbroken: no phrase",
                 "query 0.800, highest 0.800; after each token: 0.40", "temperature 0.0", "outcome  complied"):
     assert words in detail
 

@@ -117,6 +117,9 @@ def test_terminal_text():
   assert out.getvalue() == (
       "[query: P(malicious) 0.25]\n[intervention by the query]\n"
       "\x1b[38;2;60;190;80ma\x1b[0m\x1b[38;2;230;60;80mb\x1b[0m\n")
+  out = io.StringIO()  # A model does not steer the terminal.
+  said = terminal.show([piece("a\x1b[2Jb\n", ["a\x1b[2Jb\n"], [float("nan")])], out, colours=False)
+  assert said == "a\x1b[2Jb\n" and out.getvalue().endswith("\na\N{REPLACEMENT CHARACTER}[2Jb\n\n")
   # A first piece without text, none at all, and an intervention that the last, empty piece tells of.
   out = io.StringIO()
   terminal.show([piece("", [""], [0.1]), piece("\u00e9", ["\u00e9"], [0.2]), piece("", [], [], 2)], out, colours=False)

@@ -36,6 +36,7 @@ from saess_jax import (
   pretrained,
   runs,
   sharding,
+  staging,
   subjects,
   train,
 )
@@ -102,7 +103,7 @@ def finished(data, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
   config, workdir, validated = finished
   assert {p.name for p in workdir.iterdir()} == {
-      "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data"}
+      "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data", "lock"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
   # Of the step itself, which is the last one's: the third is not validated.
   assert [(workdir / "checkpoints" / step / "metrics").exists() for step in ("3", "6")] == [False, True]
@@ -544,6 +545,24 @@ def test_one_class_data_is_refused(tmp_path):
   with pytest.raises(ValueError, match="malicious"):
     train.train_and_evaluate(small_config(path), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_share_a_workdir(data, tmp_path):
+  (tmp_path / "run").mkdir()
+  with staging.alone(tmp_path / "run"), pytest.raises(ValueError, match="Another process is at work in .*run; wait"):
+    train.train_and_evaluate(small_config(data, rollouts=RolloutConfig(enabled=False)), tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_aligned_run_answers_no_prompts_for_its_base(finished, data, tmp_path):
+  config, workdir, _ = finished
+  more = tmp_path / "more.jsonl"
+  more.write_text(json.dumps({"prompt": "a new request", "response": "", "label": "malicious"}))
+  rollouts = RolloutConfig(tokens=6, batch_size=16)
+  config = dataclasses.replace(
+      config, weights=str(workdir), rollouts=rollouts, data=dataclasses.replace(config.data, source=f"{data},{more}"))
+  with pytest.raises(ValueError, match="lacks answers of the unaligned base to [0-9]+ prompts, and .* is aligned"):
+    train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_another_run_s_workdir_is_refused_untouched(finished):

@@ -64,6 +64,8 @@ class Target:
     weights: model -> all of it, for white-box attacks.
     context: tokens that a prompt and its response may have together, in each of the models.
     seed: for whatever an attack draws.
+    safety: what "saess" decodes by.
+    max_new_tokens: of a response.
   """
 
   victim: str
@@ -72,6 +74,8 @@ class Target:
   weights: Callable[[str], Weights]
   context: int
   seed: int = 0
+  safety: SafetyConfig = SafetyConfig()
+  max_new_tokens: int = 0
 
 
 class Attack(abc.ABC):

@@ -3,7 +3,7 @@
   base64, rot13, leetspeak   Wei et al. 2023 ("Jailbroken", mismatched generalisation); Yuan et al. 2023 (CipherChat).
                              Weaker than these: no role, no demonstrations in the cipher, and the answer is asked for
                              in plain text
-  homoglyphs, zero_width     Boucher et al. 2022 ("Bad Characters"): look-alikes of Cyrillic and Greek, and invisible
+  homoglyphs, zero_width     Boucher et al. 2022 ("Bad Characters"): look-alikes of other alphabets, and invisible
                              characters, for a reader the same text
   homoglyphs_N               only the N words that matter most to [CLS], found by leaving out one at a time and asking
                              "saess" for its first verdict; all models get these attempts. Costs a query a word
@@ -20,8 +20,9 @@ from saess_jax.attacks.base import Attack, Attempt, Target
 
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
 LOOK_ALIKES = str.maketrans(
-    "aceopxyijsvACEHIKMOPTXBNZ",
+    "aceopxyijsvhdqwgnuACEHIKMOPTXBNZ",
     "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u0456\u0458\u0455\u03bd"  # Cyrillic a to s, Greek v.
+    "\u04bb\u0501\u051b\u051d\u0261\u0578\u057d"  # Cyrillic h d q w, a Latin script g, Armenian n u.
     "\u0410\u0421\u0415\u041d\u0406\u041a\u041c\u041e\u0420\u0422\u0425\u0392\u039d\u0396")  # Cyrillic, Greek B N Z.
 ZERO_WIDTH = "\u200b"
 

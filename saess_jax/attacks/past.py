@@ -28,6 +28,8 @@ RULES = (
     (r"are there (.+)", r"were there \1"),
     (r"(ways|ideas|tips|reasons|methods|steps|excuses) (to|for|on) (.+)", r"what did people know about \1 \2 \3"),
     (rf".*\bhow (?:to|{_WHO} {_AUX}) (.+)", r"how did people \1"),  # How to ...; explain how I can ...
+    (r"(?:give|provide|list|write|show|name|suggest|share|offer)\b.*?\b(instructions|ways|steps|methods|tips|ideas) "
+     r"(to|for|on|of) (.+)", r"what did people know about \1 \2 \3"),  # Not about the telling.
     (r"(tell|give|show|teach|send|write|build|make|find|list|draft) me (.+)", r"how did people \1 \2"),
     (r"((?!(?:i|my|you|your|we|our|the|a|an|there|this|it|he|she|they)\b|\w+'|" + _WH + r"\b|how\b)\w.*)",
      r"how did people \1"),  # Any other imperative.

@@ -86,7 +86,7 @@ class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, rows: list[sources.Row]) -> Iterator[tuple[int, dict]]:
     for index, row in enumerate(rows):
-      yield index, dataclasses.asdict(row)
+      yield index, {name: getattr(row, name) for name in self.info.features}
 
 
 class _Rows(Sequence):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from saess_jax import first_word, hf
+from saess_jax import first_word, hf, staging
 from saess_jax.config import LabelConfig, check_ranges
 from saess_jax.data import chat, sources
 from saess_jax.records import Records
@@ -115,6 +115,7 @@ def _document(line: str, where: str) -> str:
     raise ValueError(f"{where} is no JSON object with a column text ({type(error).__name__}: {error}).") from error
   if not isinstance(text, str) or not text.strip():
     raise ValueError(f"{where}: text is {text!r:.60}; expected text.")
+  sources.check_unicode(text, f"{where}: text")
   return text
 
 
@@ -155,7 +156,7 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
   done = records.read()
   guard = Guard(hf.load_pretrained(config.guard, config.dtype), config)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _record(path).write_text(json.dumps(claim, indent=2) + "\n", encoding="utf-8")
+  staging.write_text(_record(path), json.dumps(claim, indent=2) + "\n")
 
   mine = ((i, text) for i, text in enumerate(documents(config.corpus)) if i % shards == shard)
   pieces = (Piece(text, i, j) for i, whole in mine for j, text in enumerate(guard.cut(whole)))

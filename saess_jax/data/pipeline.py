@@ -95,7 +95,7 @@ def build_examples(
 
   def usable(row):
     rollout = encode_response(rollouts.get(row.prompt, ""))
-    return rollout[:0] if not row.label and rollouts_lib.declines(tokenizer.decode(rollout)) else rollout
+    return rollout[:0] if rollouts_lib.declines(tokenizer.decode(rollout)) else rollout
 
   sampled = [usable(row) for row in rows]
   dialogues = [

@@ -23,7 +23,8 @@ def declines(text: str) -> bool:
   """Does a sampled answer hold an apology, or what an assistant says that it cannot do?
 
   To a benign request that is no answer to learn from: a weak base model says such things at random now and then, and a
-  model that is trained on them says them wherever a request reminds it of what it shall refuse.
+  model that is trained on them says them wherever a request reminds it of what it shall refuse. To a malicious one it
+  is no harm, and a window of it no example of any.
   """
   return _DECLINES.search(text.lower().replace("’", "'")) is not None
 

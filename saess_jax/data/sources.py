@@ -48,6 +48,8 @@ class Row:
   label: int  # 1 malicious, 0 benign.
   category: str
   source: str  # File name, or what the embedded set says.
+  # What it is about: rows of one idea, a request and its harmless twins, go into one split. "": the prompt.
+  idea: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
@@ -128,12 +130,16 @@ def embedded_rows(split: str, path: str | None = None) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], seed: int = 0) -> dict[str, list[Row]]:
-  """Divides rows 80/10/10 into train, validation and test by a hash of the prompt and `seed`.
+  """Divides rows 80/10/10 into train, validation and test by a hash of the idea, or else the prompt, and `seed`.
 
-  A prompt stays in its split when rows are added or reordered, and equal prompts are never on both sides. The shares
-  of a small file are therefore approximate; a split without rows is left out.
+  A prompt stays in its split when rows are added or reordered, and equal prompts are never on both sides (nor are rows
+  of one idea, but for a prompt that stands under another idea first). The shares of a small file are therefore
+  approximate; a split without rows is left out.
   """
-  by_split = {split: [row for row in rows if _split_of(row.prompt, seed) == split] for split in SPLITS}
+  about: dict[str, str] = {}
+  for row in rows:
+    about.setdefault(row.prompt, row.idea or row.prompt)
+  by_split = {split: [row for row in rows if _split_of(about[row.prompt], seed) == split] for split in SPLITS}
   return {split: kept for split, kept in by_split.items() if kept}
 
 
@@ -213,8 +219,8 @@ def _check_split(split: str) -> None:
     raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
 
 
-def _split_of(prompt: str, seed: int) -> str:
-  share = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:8], "big") / 2**64
+def _split_of(about: str, seed: int) -> str:
+  share = int.from_bytes(hashlib.sha256(f"{seed}\n{about}".encode()).digest()[:8], "big") / 2**64
   return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
@@ -340,7 +346,7 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(
         f"{where}: no label. Fill a column label ({' or '.join(LABELS)}) in every row or, where all have the same, "
         "give a default_label and no column.")
-  return Row(prompt, response, label, str(fields.get("category") or ""), name)
+  return Row(prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""))
 
 
 def check_unicode(text: str, what: str) -> None:

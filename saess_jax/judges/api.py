@@ -132,11 +132,12 @@ class OpenAIJudge(Judge):
       raise ValueError("OPENAI_API_KEY is not set; export the key (any word will do for a local server without one).")
     if not re.match(r"https?://[^/]", self._url):
       raise ValueError(f"OPENAI_BASE_URL is {self._url!r}; expected http(s)://host/v1.")
-    self._config, self._sleep, self.spent = config, sleep, 0.0
+    self._config, self._sleep, self.spent, self._answered = config, sleep, 0.0, False
     self.version = f"{config.model} at {self._url.rstrip('/')}, rubric 1"
 
   def judge_many(self, rows: Sequence[Exchange]) -> list[Judgement]:
-    """Jailbroken from a score of 0.5 on [our choice]. An answer without grades, `attempts` times, is no verdict: None.
+    """Jailbroken from a score of 0.5 on [our choice]. An answer without grades, `attempts` times, is no verdict: None;
+    so is an exchange that a server which has answered others will not read (too long, filtered).
 
     Raises:
       ApiError: the budget would be exceeded, the server refuses the key or the request, or keeps failing; `judged`
@@ -207,9 +208,12 @@ class OpenAIJudge(Judge):
             f"{worst:.4f}; raise OPENAI_BUDGET (or ApiConfig.budget) to go on.{after}")
       try:
         with urllib.request.urlopen(request, timeout=self._config.timeout) as reply:
-          return _json(reply.read())
+          content, self._answered = reply.read(), True
+          return _json(content)
       except urllib.error.HTTPError as error:
         trouble = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
+        if error.code in (400, 413, 422) and self._answered:  # It is this exchange that the server will not read.
+          return {"refused": trouble}
         if error.code != 429 and error.code < 500:
           raise ApiError(f"{request.full_url} answers {trouble} Check key, URL and model.") from error
         wait = max(wait, _seconds(error.headers.get("Retry-After")))

@@ -12,7 +12,7 @@ from typing import Any
 from saess_jax.report.markup import shorten
 
 Row = dict[str, Any]  # Of `evaluation.read_results`.
-_OFFLINE = ("rules", "prefix")  # Their reasons hold nothing of a response but a refusal's words; see `judges`.
+_OFFLINE = ("rules", "prefix")  # Their reasons hold nothing of a refusal but its own words; see `judges`.
 
 
 def refused(row: Row, judge: str) -> bool | None:
@@ -95,7 +95,8 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
 def reason(row: Row, judge: str) -> str:
   """Why a judge judged so; left out where it repeats four words running of what is not printed."""
   said = row["judgements"][judge]["reason"]
-  if row["label"] == 1 and judge not in _OFFLINE and _fours(said) & _fours(row["response"]):
+  shown = judge in _OFFLINE and all(judgement["refused"] for judgement in row["judgements"].values())
+  if row["label"] == 1 and not shown and _fours(said) & _fours(row["response"]):
     return "(quotes the response)"
   return shorten(said, 160)
 
