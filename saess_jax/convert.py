@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from saess_jax import adapters, checkpoint, gguf, hf, pretrained, runs, snapshot, staging, weights
-from saess_jax import config as config_lib
 from saess_jax.config import ModelConfig, SafetyConfig
 from saess_jax.export import export_hf
 from saess_jax.model import Llama
@@ -183,8 +182,7 @@ def _describe_run(source: str) -> Description:
   steps, best = checkpoints.steps(), checkpoints.best_step()
   checkpoints.close()
   base = describe(config.weights) if config.weights else None
-  shape = base.config if base else config_lib.model_config(config.model)
-  shape = shape.replace(**config.model_overrides).replace(scan_layers=False)
+  shape = pretrained.shape_of(config, base.config if base else None)
   kind = (f"training run, steps {', '.join(map(str, steps)) or 'none'}, best {best}, from "
           f"{config.weights or 'random weights'}{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}")
   return Description(

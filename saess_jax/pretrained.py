@@ -60,10 +60,9 @@ def load_base(
   Raises:
     ValueError: the weights have another shape than `config.model` says, or random weights have no model named.
   """
-  overrides = dict(config.model_overrides)
-  config_lib.check_overrides(overrides)
+  config_lib.check_overrides(config.model_overrides)
   if not config.weights:
-    shape = config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
+    shape = shape_of(config, None)
     boxed = _jitted_init(shape)(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
     params = nn.unbox(boxed["params"])
     if mesh is not None:
@@ -75,11 +74,25 @@ def load_base(
     loaded = _read_run(config.weights, checkpoint.Checkpoints.latest_step, mesh)
   else:
     loaded = _read_weights(config.weights, dtype, mesh)
-  shape = loaded.config.replace(**overrides)
+  shape = shape_of(config, loaded.config)
+  chat.use_template(loaded.tokenizer, config.data.chat_template)
+  return shape, loaded.params, loaded.tokenizer
+
+
+def shape_of(config: TrainConfig, stored: ModelConfig | None) -> ModelConfig:
+  """The unrolled model of a run that starts from weights of the shape `stored`, or from random ones (None).
+
+  Raises:
+    ValueError: `config.model` and its overrides are of another shape.
+  """
+  overrides = dict(config.model_overrides)
+  if stored is None:
+    return config_lib.model_config(config.model, **overrides).replace(scan_layers=False)
+  shape = stored.replace(**overrides)
   preset = config_lib.model_config(config.model, **overrides) if config.model else shape
   wrong = [
-      f"{size} {getattr(loaded.config, size)} for {getattr(preset, size)}" for size in _SIZES
-      if getattr(loaded.config, size) != getattr(preset, size)]
+      f"{size} {getattr(stored, size)} for {getattr(preset, size)}" for size in _SIZES
+      if getattr(stored, size) != getattr(preset, size)]
   if wrong:
     raise ValueError(
         f"The weights {config.weights!r} are not a {config.model or 'model of these model_overrides'}: they have "
@@ -88,8 +101,7 @@ def load_base(
     shape = preset.replace(
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
         sliding_window=shape.sliding_window)
-  chat.use_template(loaded.tokenizer, config.data.chat_template)
-  return shape.replace(scan_layers=False), loaded.params, loaded.tokenizer
+  return shape.replace(scan_layers=False)
 
 
 def load_for_research(
