@@ -181,13 +181,11 @@ def _describe_run(source: str) -> Description:
   checkpoints = checkpoint.Checkpoints(source)
   steps, best = checkpoints.steps(), checkpoints.best_step()
   checkpoints.close()
-  base = describe(config.weights) if config.weights else None
-  shape = pretrained.shape_of(config, base.config if base else None)
+  shape, tokenizer = pretrained.start_of(config)
   kind = (f"training run, steps {', '.join(map(str, steps)) or 'none'}, best {best}, from "
           f"{config.weights or 'random weights'}{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}")
   return Description(
-      kind, shape, shape.param_dtype, base.tokenizer if base else hf.byte_tokenizer(), config.objective == "saess",
-      config.safety)
+      kind, shape, shape.param_dtype, tokenizer, config.objective == "saess", config.safety)
 
 
 def count_parameters(config: ModelConfig) -> int:

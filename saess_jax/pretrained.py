@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saess_jax import adapters, checkpoint, hf, runs, snapshot, weights
+from saess_jax import adapters, checkpoint, gguf, hf, runs, snapshot, weights
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import ModelConfig, SafetyConfig, TrainConfig
@@ -102,6 +102,23 @@ def shape_of(config: TrainConfig, stored: ModelConfig | None) -> ModelConfig:
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
         sliding_window=shape.sliding_window)
   return shape.replace(scan_layers=False)
+
+
+def start_of(config: TrainConfig) -> tuple[ModelConfig, Any]:
+  """(model config, tokenizer) as `load_base` gives them, without a look at the weights."""
+  stored, where = None, config.weights
+  if not where:
+    tokenizer = hf.byte_tokenizer()
+  elif runs.is_run(where):
+    stored, tokenizer = start_of(runs.read_config(where))
+  elif snapshot.is_snapshot(where):
+    stored, tokenizer = snapshot.read_settings(where).config, snapshot.read_tokenizer(where)
+  else:
+    path = hf.locate(where)
+    reader = gguf if path.is_file() else hf
+    stored, tokenizer = reader.read_config(path), reader.read_tokenizer(path)
+  chat.use_template(tokenizer, config.data.chat_template)
+  return shape_of(config, stored and stored.replace(param_dtype="float32")), tokenizer
 
 
 def load_for_research(
@@ -235,7 +252,10 @@ def _read_run(
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
   if step not in steps:
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
-  shape, base, tokenizer = load_base(config, mesh=mesh)
+  if config.lora.rank or config.frozen_layers:
+    shape, base, tokenizer = load_base(config, mesh=mesh)
+  else:  # All that there is was trained, and the start need not be read for it.
+    (shape, tokenizer), base = start_of(config), {}
 
   def place(stored: Any) -> Any:
     params = stored["params"]

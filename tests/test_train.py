@@ -53,6 +53,7 @@ from saess_jax.config import (
   TrainConfig,
 )
 from saess_jax.data import pipeline, sources
+from saess_jax.export import export_hf
 from saess_jax.state import TrainState, create_state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -545,6 +546,22 @@ def test_one_class_data_is_refused(tmp_path):
   with pytest.raises(ValueError, match="malicious"):
     train.train_and_evaluate(small_config(path), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_of_a_start_that_was_trained_whole_only_the_shape_is_read(finished, data, tmp_path):
+  llama, params, tokenizer, _ = pretrained.load_for_research(finished[1])
+  export_hf(tmp_path / "start", llama.config, params, tokenizer, None)
+  config = small_config(
+      data, model="", model_overrides={}, weights=str(tmp_path / "start"), max_steps=1, eval_every=0,
+      probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False))
+  train.train_and_evaluate(config, tmp_path / "run")
+  shape, _, words = pretrained.load_base(config)
+  found, same_words = pretrained.start_of(config)
+  assert found == shape and same_words.chat_template == words.chat_template
+  (tmp_path / "start" / "model.safetensors").unlink()
+  again, learned, _, _ = pretrained.load_for_research(tmp_path / "run")
+  assert again.config == shape
+  assert jax.tree.map(jnp.shape, learned) == jax.tree.map(jnp.shape, params)
 
 
 def test_two_runs_do_not_share_a_workdir(data, tmp_path):
