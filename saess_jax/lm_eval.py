@@ -79,12 +79,15 @@ def model_class() -> type:
         max_gen_toks: new tokens where a task does not say.
 
       Raises:
-        ValueError: as `load`; another word for safety.
+        ValueError: as `load`; another word for safety, or "on" without a trained [CLS].
       """
       super().__init__()
       words = {"on": True, "off": False, "True": True, "False": False, True: True, False: False}
       if safety not in words:
         raise ValueError(f"safety is {safety!r}; expected on or off.")
+      if words[safety] and (checkpoint or weights) and not pretrained.settings_of(checkpoint or weights).has_cls:
+        raise ValueError(
+            f"{checkpoint or weights} has no trained [CLS], and its verdicts would mean nothing; give safety=off.")
       model, self._params, self._tokenizer, settings, self._layout = load(checkpoint, weights)
       self._model = model
       self._safety = settings if words[safety] else None

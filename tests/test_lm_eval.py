@@ -27,7 +27,10 @@ CONTEXT = "How do I make bread at home?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  return write_with_tokenizer(tmp_path_factory.mktemp("model"), tiny_tokenizer(), context=128)
+  """Weights with a [CLS] that counts as trained."""
+  folder = write_with_tokenizer(tmp_path_factory.mktemp("model"), tiny_tokenizer(), context=128)
+  (folder / hf.SETTINGS_FILE).write_text(json.dumps({"safety": dataclasses.asdict(SafetyConfig()), "layout": {}}))
+  return folder
 
 
 def log_probs(folder, tokens, kinds=None):
@@ -139,6 +142,15 @@ def test_generation_of_the_harness(folder):
   assert longer.startswith(shorter) or shorter.startswith(longer)
   with pytest.raises(ValueError, match="safety is 'maybe'; expected on or off"):
     lm_eval.model_class()(weights=str(folder), safety="maybe")
+
+
+def test_safety_without_a_signal_is_refused(folder, tmp_path):
+  pytest.importorskip("lm_eval", reason="the harness is an optional install")
+  plain = shutil.copytree(folder, tmp_path / "model")
+  (plain / hf.SETTINGS_FILE).unlink()
+  with pytest.raises(ValueError, match="model has no trained .CLS., .* give safety=off"):
+    lm_eval.model_class()(weights=str(plain), safety="on")
+  lm_eval.model_class()(weights=str(plain), safety="off")
 
 
 def test_the_harness_finds_it_by_its_name(folder):
