@@ -10,9 +10,9 @@ import pytest
 from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf, masks, sharpness
+from saess_jax import hf, masks, sharpness, subjects
 from saess_jax.attacks import Weights
-from saess_jax.config import SafetyConfig, model_config
+from saess_jax.config import EvalConfig, SafetyConfig, model_config
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
@@ -76,7 +76,8 @@ def claim(folder, checkpoint=None, models=None):
   """What evaluation.json says of an evaluation of the weights in `folder`."""
   config = dict(
       checkpoint=checkpoint or folder, suites="embedded", attacks=["direct", "nested"], models=["base"])
-  return {"config": config, "models": models or folder}
+  identity = subjects.load_models(EvalConfig(checkpoint=folder, models=("base",))).identity
+  return {"config": config, "models": models or identity}
 
 
 def test_the_command_over_an_evaluation(tmp_path, capsys):
