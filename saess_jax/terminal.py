@@ -25,8 +25,8 @@ def colour(text: str, probability: float) -> str:
   return f"\x1b[38;2;{red};{green};80m{text}{RESET}"
 
 
-def _printable(text: str) -> str:
-  """Nothing that a model writes steers the terminal."""
+def printable(text: str) -> str:
+  """`text` with a mark for each control character: nothing that a model writes steers a terminal or a page."""
   return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -49,7 +49,7 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
       stream.write(f"[intervention {where}]\n" if chunk.intervened_at == 0 else f" [intervention {where}] ")
       intervened = True
     stream.write(
-        "".join(map(colour, map(_printable, chunk.tokens), chunk.cls_prob)) if colours else _printable(chunk.text))
+        "".join(map(colour, map(printable, chunk.tokens), chunk.cls_prob)) if colours else printable(chunk.text))
     stream.flush()
     said += chunk.text
   stream.write("\n")

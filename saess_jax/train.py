@@ -214,8 +214,8 @@ def _sample_rollouts(
     if first:
       if runs.is_run(config.weights) and before.is_file() and not path.exists():
         staging.write_text(path, before.read_text(encoding="utf-8"))
-      missing = {row.prompt for row in rows} - rollouts.read(path).keys()
-      if missing and runs.is_run(config.weights) and runs.read_config(config.weights).stage == "sft":
+      aligned = runs.is_run(config.weights) and runs.read_config(config.weights).stage == "sft"
+      if aligned and (missing := {row.prompt for row in rows} - rollouts.read(path).keys()):
         raise ValueError(
             f"{path} lacks answers of the unaligned base to {len(missing)} prompts, and {config.weights} is aligned: "
             "its own would pass for harm. Give the data, seed and rollouts of that run, or copy a rollouts.jsonl there "

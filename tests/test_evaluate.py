@@ -853,8 +853,8 @@ def test_a_model_is_asked_in_the_layout_that_it_was_trained_in(tiny_params, tmp_
     assert (read.system_prompt, read.header_sees_cls) == layout
   (said,) = models.generator("saess", 8).respond(["Bake bread"])
   def by_hand(system_prompt, header_sees_cls):
-    row = chat.insert_cls(
-        *chat.encode_prompt(tokenizer, "Bake bread", system_prompt=system_prompt), "sft", header_sees_cls)
+    row = chat.encode_request(
+        tokenizer, "Bake bread", system_prompt=system_prompt, header_sees_cls=header_sees_cls)
     out = generate._jitted(weights.model)[0](  # As the generator's, which compiles nothing more.
         weights.params, decode.pad_prompts([row]), jax.random.split(jax.random.key(0), 1),
         decode.decode_config(tokenizer, safety, max_new_tokens=8, buffer=32))

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from saess_jax.metrics import percent
+from saess_jax.terminal import printable
 
 NAMES = {"base": "base model", "plain": "trained, without [CLS]", "saess": "SA-ESS"}
 NONE = "–"
@@ -103,7 +104,7 @@ def folded(summary: str, body: str) -> str:
 
 def shorten(text: str, limit: int = 240) -> str:
   text = text if len(text) <= limit else text[:limit].rstrip() + " …"
-  return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+  return printable(text)
 
 
 def share(rate: dict[str, float] | None) -> str:
