@@ -5,7 +5,8 @@
   no_decoding     no strategic decoding: verdicts are kept and nothing is done about them
   windows         the initial verdict changes nothing: what windows stop by themselves, under attacks on them too
   high            an intervention is a fixed refusal that ends the response
-  each, first, periodic, annealing    when [CLS] is asked again; with an attack that waits annealing out
+  each, first, periodic, annealing    when [CLS] is asked again (first: never, not on a prefix either); with a prefix that
+                  is as long as annealing looks
   r_N             r1 = r2 = r3 = N
   tau_N           malicious verdicts running before the refusal goes in
   threshold_N     the verdict's threshold, in percent
@@ -24,10 +25,11 @@ CHANGES = {
     "no_decoding": dict(dependency="low"),
     "windows": dict(heeds_query=False),
     "high": dict(dependency="high"),
-    **{name: dict(schedule=name) for name in ("each", "first", "periodic", "annealing")},
+    "first": dict(schedule="first", sweep_prefill=False),
+    **{name: dict(schedule=name) for name in ("each", "periodic", "annealing")},
 }
-WAITS = "late_142"  # Annealing checks the 142nd token of a response last.
-ON_WINDOWS = ("filler", "filler_prefill_10", "filler_own_20", WAITS, "fake_refusal")
+LATE = "late_142"  # Annealing checks the 142nd token last.
+ON_WINDOWS = ("filler", "filler_prefill_10", "filler_own_20", LATE, "fake_refusal")
 NUMBERS = {
     "r": lambda n: dict(r1=n, r2=n, r3=n), "tau": lambda n: dict(tau=n), "threshold": lambda n: dict(threshold=n / 100)}
 
@@ -38,7 +40,7 @@ def get_config(name="full"):
     raise ValueError(f"ablation is {name!r}; expected one of {', '.join(CHANGES)}, r_N, tau_N or threshold_N.")
   changes = NUMBERS[number[1]](int(number[2])) if number else CHANGES[name]
   attacks = ("direct", "prefill_10", "prefill_40", "prefill_own_10")
-  attacks += (WAITS,) * ("schedule" in changes) + ON_WINDOWS * ("heeds_query" in changes)
+  attacks += (LATE,) * ("schedule" in changes) + ON_WINDOWS * ("heeds_query" in changes)
   config = to_config_dict(EvalConfig(models=("saess",), attacks=attacks, max_new_tokens=48))
   config.safety.update(changes)
   return config

@@ -123,9 +123,9 @@ class SafetyConfig:
   sees_all: bool = False  # An ablation: no strategic attention, [CLS] always sees QUERY and the response so far.
   heeds_query: bool = True  # False, an ablation: the initial verdict changes nothing, windows alone are left.
   rollback: bool = False  # Our addition: cut the response back to S_t before the refusal prefix goes in.
-  sweep_prefill: bool = True  # Our addition: judge a caller's response prefix window by window.
+  sweep_prefill: bool = True  # Our addition: judge a caller's response prefix at every token, whatever the schedule.
   dependency: str = "medium"  # low: verdicts ignored; medium: refusal prefix; high: fixed refusal, then stop.
-  schedule: Any = "each"  # each | first | periodic | annealing, or bool [steps]: when [CLS] is re-evaluated.
+  schedule: Any = "each"  # each | first | periodic | annealing, or bool [steps]: when, behind a caller's prefix.
   refusal_prefix: str = "Sorry, I cannot fulfill your request because"
   fixed_refusal: str = "Sorry, I cannot fulfill your request."  # What "high" says before it stops.
   refusal_break: str = "\n\n"  # Our choice: between a refusal and the text it interrupts, if any.

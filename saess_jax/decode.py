@@ -60,7 +60,7 @@ class DecodeConfig:
     stop_ids: int32 [K], tokens that end a response (and are not part of it).
     refusal: int32 [F], what an intervention inserts; where nothing stands before it, from `refusal_break` on.
     refusal_break: int, tokens of the refusal that only part it from what stands before.
-    schedule: bool [E].
+    schedule: bool [E], of the tokens behind the caller's prefix.
     buffer: E, response slots (static).
   """
 
@@ -384,9 +384,8 @@ def step(
     wanted = jnp.zeros_like(alive)
     hidden, cls_logit, cache = run(wanted, None, s.cache)
   else:
-    scheduled = config.schedule[jnp.minimum(t, config.buffer - 1)]
-    judged = config.safety.sweep_prefill | (t >= prompt.prefix_length)
-    wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive & judged
+    scheduled = policy.scheduled(config.schedule, t, prompt.prefix_length, config.safety)
+    wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive
     window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
     # A step at which no row's verdict is due runs without the [CLS] rows. Two loops of one turn or none: the cache is
     # updated where it lies, while the branches of a `lax.cond` would each copy it.

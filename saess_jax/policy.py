@@ -80,6 +80,23 @@ def _malicious(prob: jax.Array, config: SafetyConfig) -> jax.Array:
   return ~(prob < config.threshold)
 
 
+def scheduled(schedule: jax.Array, t: jax.Array, prefix_length: int | jax.Array, config: SafetyConfig) -> jax.Array:
+  """Is [CLS] to be re-evaluated after response token t, as long as no alarm is open?
+
+  A caller's prefix is judged at every token (`sweep_prefill`) or at none; the schedule counts from the first token
+  behind it. So nobody can write the tokens that a schedule looks at.
+
+  Args:
+    schedule: bool [T].
+    t, prefix_length: int32 [B] or scalar.
+
+  Returns:
+    bool, of their shape.
+  """
+  own = jnp.clip(t - prefix_length, 0, len(schedule) - 1)
+  return jnp.where(t < prefix_length, config.sweep_prefill, schedule[own])
+
+
 def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config: SafetyConfig) -> jax.Array:
   """Is [CLS] to be re-evaluated after response token t?
 
@@ -88,7 +105,7 @@ def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config
 
   Args:
     t: int32 [B] or scalar, index of the newest response token.
-    scheduled: bool [B] or scalar, the schedule at t.
+    scheduled: bool [B] or scalar, `scheduled` at t.
 
   Returns:
     bool [B].
@@ -150,20 +167,20 @@ def replay(
   Args:
     initial_prob: float [B], P(malicious) of the query.
     step_prob: float [B, T], after each response token; NaN (never evaluated) counts for nothing.
-    config: its schedule says at which tokens a stored verdict is looked at.
+    config: its schedule says at which tokens behind the prefix a stored verdict is looked at.
     prefix_length: int or [B], tokens of the caller's prefix, whose verdicts count with `sweep_prefill` alone.
   """
   steps = step_prob.shape[1]
-  scheduled = jnp.asarray(schedule_lib.as_array(config.schedule, steps))
+  schedule = jnp.asarray(schedule_lib.as_array(config.schedule, steps))
 
   def step(state, inputs):
-    t, prob, now = inputs
-    judged = config.sweep_prefill | (t >= prefix_length)
-    evaluated = wants_verdict(state, t, now, config) & judged & ~jnp.isnan(prob)
+    t, prob = inputs
+    now = scheduled(schedule, t, prefix_length, config)
+    evaluated = wants_verdict(state, t, now, config) & ~jnp.isnan(prob)
     state = update(state, t, prob, evaluated, config)
     return state, state.phase
 
   state, phase = jax.lax.scan(
-      step, start(jnp.asarray(initial_prob), config), (jnp.arange(steps), jnp.asarray(step_prob).T, scheduled))
+      step, start(jnp.asarray(initial_prob), config), (jnp.arange(steps), jnp.asarray(step_prob).T))
   return Replay(
       phase=phase.T, intervened_at=state.intervened_at, transition_at=state.transition_at, leaked=state.leaked)

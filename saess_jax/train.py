@@ -243,7 +243,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     preflight.check(config, mesh)
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
-    sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
+    sources.check_labels(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
     training = config_of_training(config, shape)

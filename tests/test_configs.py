@@ -30,6 +30,7 @@ def test_rope_scaling_as_json_has_it():
 
 @pytest.mark.parametrize("name, changed", [
     ("full", {}), ("no_decoding", {"dependency": "low"}), ("annealing", {"schedule": "annealing"}),
+    ("first", {"schedule": "first", "sweep_prefill": False}),
     ("no_attention", {"sees_all": True}), ("windows", {"heeds_query": False}),
     ("r_5", {"r1": 5, "r2": 5, "r3": 5}), ("tau_1", {"tau": 1}), ("threshold_40", {"threshold": 0.4})])
 def test_ablations(name, changed):
@@ -39,7 +40,7 @@ def test_ablations(name, changed):
 
 
 @pytest.mark.parametrize("name", ["each", "first", "periodic", "annealing", "windows", "full"])
-def test_an_ablation_of_the_schedule_is_waited_out(name):
+def test_an_ablation_of_the_schedule_meets_a_prefix_as_long_as_annealing_looks(name):
   values = runpy.run_path(str(ROOT / "configs" / "eval_ablation.py"))["get_config"](name)
   late = [attack for attack in values.attacks if attack.startswith("late_")]
   assert len(late) == (name != "full")

@@ -173,11 +173,25 @@ def test_missing_file_no_file_and_bad_default(tmp_path):
     sources.read_rows(write(tmp_path / "a.txt", "p"), default_label="both")
 
 
-def test_two_classes():
+def test_two_classes_and_one_of_each_prompt():
   rows = [sources.Row("a", "", 1, "", ""), sources.Row("b", "", 0, "", "")]
-  sources.require_two_classes(rows, "x.csv")
+  sources.check_labels(rows, "x.csv")
   with pytest.raises(ValueError, match="x.csv has 0 benign and 1 malicious rows; training needs both"):
-    sources.require_two_classes(rows[:1], "x.csv")
+    sources.check_labels(rows[:1], "x.csv")
+  both = [*rows, sources.Row(f" {rows[0].prompt.upper()}", "", 1 - rows[0].label, "", "b.csv")]
+  with pytest.raises(ValueError, match=r"as malicious \(.*\) and as benign \(b.csv\); keep one of them"):
+    sources.check_labels(both, "x.csv")
+
+
+def test_rows_of_a_file_that_are_test_prompts_are_told(tmp_path, caplog):
+  tests = sources.embedded_rows("test")[:40]
+  records = [{"prompt": f"{row.prompt} ", "label": sources.LABELS[row.label]} for row in tests]
+  path = write(tmp_path / "mine.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
+  kept = [row.prompt for row in sources.load_split(path, "train")]
+  assert f"{len(kept)} training rows of {path} are prompts of the embedded test split" in caplog.text
+  caplog.clear()
+  sources.read_splits("embedded,plain")
+  assert not caplog.text
 
 
 def embedded_folder(tmp_path, splits=("train", "validation", "test", "train")):

@@ -208,6 +208,14 @@ def test_a_prefix_that_is_not_swept_is_not_judged(tiny_params):
   assert not judged[:, :6].any() and judged[:, 6].all()
 
 
+def test_a_prefix_is_judged_whatever_the_schedule_which_begins_behind_it(tiny_params):
+  schedule = np.isin(np.arange(48), [1, 3, 4])
+  out = run(tiny_params, SafetyConfig(threshold=1.0, schedule=schedule), prefixes=[[], [5] * 6, [5]])
+  for row, prefix in enumerate([0, 6, 1]):
+    wanted = [*range(prefix), *(prefix + np.flatnonzero(schedule))]
+    assert np.flatnonzero(~np.isnan(out.cls_prob[row])).tolist() == wanted and out.evaluations[row] == len(wanted)
+
+
 def test_a_row_does_not_depend_on_its_neighbours_or_padding(tiny_params):
   together = run(tiny_params)
   alone = run(tiny_params, rows=ROWS[:1], length=64)

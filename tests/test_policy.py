@@ -16,14 +16,14 @@ from saess_jax.policy import Phase
 STEPS = 24
 
 
-def reference(initial, probs, config, scheduled):
-  """One row: (phases, intervened_at, transition_at, leaked)."""
+def reference(initial, probs, config, scheduled, prefix):
+  """One row, whose first `prefix` tokens a caller wrote: (phases, intervened_at, transition_at, leaked)."""
   bad = lambda p: p >= config.threshold
   if bad(initial) and config.heeds_query:
     return [Phase.MALICIOUS] * len(probs), (-1 if config.dependency == "low" else 0), -1, 0
   phases, alarm, running = [], None, 0
   for t, p in enumerate(probs):
-    look = scheduled[t]
+    look = config.sweep_prefill if t < prefix else scheduled[t - prefix]
     if alarm is not None:
       look = config.dependency != "low" or t <= alarm + config.r3 or config.sees_all
     if look and not np.isnan(p):
@@ -41,7 +41,7 @@ def reference(initial, probs, config, scheduled):
 jitted = jax.jit(policy.replay)
 settings = st.builds(
     SafetyConfig, r1=st.integers(0, 6), r2=st.integers(1, 6), r3=st.integers(0, 6), tau=st.integers(1, 5),
-    threshold=st.sampled_from([0.25, 0.5, 0.75]), rollback=st.booleans(),
+    threshold=st.sampled_from([0.25, 0.5, 0.75]), rollback=st.booleans(), sweep_prefill=st.booleans(),
     sees_all=st.booleans(), heeds_query=st.booleans(),
     dependency=st.sampled_from(["low", "medium", "high"]),
     schedule=st.one_of(
@@ -59,14 +59,15 @@ def tables(values, *shape):
 @hypothesis.settings(max_examples=625)  # 16 rows each: 10,000 cases.
 @hypothesis.given(
     initial=tables([0.1, 0.3, 0.5, 0.9], 16), probs=tables([0.0, 0.3, 0.5, 0.6, 0.9, np.nan], 16, STEPS),
-    config=settings)
-def test_replay_is_the_reference(initial, probs, config):
+    prefixes=tables([0, 1, 5, STEPS - 1], 16), config=settings)
+def test_replay_is_the_reference(initial, probs, prefixes, config):
   scheduled = schedule.as_array(config.schedule, STEPS)
   # With the schedule as data and under jit only the three dependencies are compiled.
-  replay = jax.device_get(jitted(initial, probs, config.replace(schedule=scheduled)))
+  prefixes = prefixes.astype(int)
+  replay = jax.device_get(jitted(initial, probs, config.replace(schedule=scheduled), prefixes))
   for row in range(16):
     # The decoder compares in float32; so does the reference.
-    phases, intervened, transition, leaked = reference(initial[row], probs[row], config, scheduled)
+    phases, intervened, transition, leaked = reference(initial[row], probs[row], config, scheduled, prefixes[row])
     assert replay.phase[row].tolist() == phases
     assert (replay.intervened_at[row], replay.transition_at[row], replay.leaked[row]) == (
         intervened, transition, leaked)
@@ -102,6 +103,13 @@ def test_a_prefix_counts_where_it_is_swept():
   replay = lambda **changes: policy.replay(
       jnp.zeros(2), jnp.full((2, 6), 0.9), SafetyConfig(**changes), jnp.asarray([0, 2])).intervened_at.tolist()
   assert replay() == [3, 3] and replay(sweep_prefill=False) == [3, 5]
+
+
+def test_a_schedule_counts_from_the_first_token_behind_a_prefix():
+  only_first = np.arange(6) == 0
+  at = lambda **changes: policy.replay(
+      jnp.zeros(2), jnp.full((2, 6), 0.9), SafetyConfig(tau=1, schedule=only_first, **changes), jnp.asarray([0, 4]))
+  assert at().intervened_at.tolist() == [1, 1] and at(sweep_prefill=False).intervened_at.tolist() == [1, 5]
 
 
 def test_an_open_alarm_is_checked_between_scheduled_steps():

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("benign", "malicious")  # The index is `Row.label`.
@@ -146,15 +147,23 @@ def split_rows(rows: Sequence[Row], seed: int = 0) -> dict[str, list[Row]]:
 def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
   """Rows by split of "embedded", of files (`read_rows`, `split_rows`), or of both: "embedded,plain,mine.csv".
 
+  A warning says how many rows of files' train split are prompts of the embedded test split.
+
   Raises:
     ValueError, FileNotFoundError: what `read_rows` raises.
   """
   names = [name.strip() for name in source.split(",")]
   files = ",".join(name for name in names if name != "embedded")
+  by_split, embedded = split_rows(read_rows(files), seed) if files else {}, _embedded_splits()
+  tests = {request_key(row.prompt) for row in embedded["test"]}
+  known = [row for row in by_split.get("train", ()) if request_key(row.prompt) in tests]
+  if known:
+    logging.warning(
+        "%d training rows of %s are prompts of the embedded test split, the first of them %r (%s): trained on them, "
+        "figures on that split say nothing.", len(known), files, known[0].prompt[:100], known[0].source)
   if "embedded" not in names:
-    return split_rows(read_rows(files), seed)
-  by_split = split_rows(read_rows(files), seed) if files else {}
-  return {split: rows + by_split.get(split, []) for split, rows in _embedded_splits().items()}
+    return by_split
+  return {split: rows + by_split.get(split, []) for split, rows in embedded.items()}
 
 
 def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
@@ -171,13 +180,20 @@ def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
   return by_split[split]
 
 
-def require_two_classes(rows: Sequence[Row], where: str) -> None:
-  """Raises ValueError unless `rows` holds both labels: a classifier cannot be trained on one."""
+def check_labels(rows: Sequence[Row], where: str) -> None:
+  """Raises ValueError unless `rows` holds both labels, and each prompt one: no classifier learns from less, or more."""
   counts = [sum(row.label == label for row in rows) for label in range(len(LABELS))]
   if not all(counts):
     raise ValueError(
         f"{where} has {counts[0]} benign and {counts[1]} malicious rows; training needs both. Name a second file in "
         "data.source, separated by a comma, or check the label column.")
+  first: dict[str, Row] = {}
+  for row in rows:
+    other = first.setdefault(request_key(row.prompt), row)
+    if row.label != other.label:
+      raise ValueError(
+          f"{where} has the prompt {row.prompt[:100]!r} as {LABELS[other.label]} ({other.source}) and as "
+          f"{LABELS[row.label]} ({row.source}); keep one of them.")
 
 
 def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0, written: float = 0.0) -> list[Row]:
