@@ -143,7 +143,7 @@ def load_for_research(
   Raises:
     FileNotFoundError: nothing is there; no checkpoint in a run.
     ValueError: `step` is not there, or goes with weights that have none; what is there is damaged or not supported; the
-      base weights of a run are of another shape than the run's.
+      base weights of a run are of another shape than the run's, or others than it began from.
   """
   config_lib.dtype_of(dtype)
   if runs.is_run(path):
@@ -209,7 +209,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   Raises:
     FileNotFoundError: no run, or no checkpoint, in `workdir`.
     ValueError: a rank beside LoRA, or neither; a run from random weights or those of another run, which no adapter can
-      name; a rival's run, which has no [CLS].
+      name; a rival's run, which has no [CLS]; the base's weights are others than the run began from.
   """
   config = runs.read_config(workdir)
   if config.objective != "saess":
@@ -227,6 +227,8 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
   shape, base, _ = load_base(config, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
+  fingerprint = adapters.fingerprint(base)
+  runs.check_base(workdir, config.weights, fingerprint)
   if rank:
     learned = _read_run(workdir, lambda _: step, None).params
     lora = adapters.factorize(base, learned, rank)
@@ -237,7 +239,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   return adapters.Adapter(
       lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
       safety=config.safety, base=config.weights,
-      sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
+      sizes=adapters.sizes_of(shape), fingerprint=fingerprint,
       layout=settings_of(workdir).layout | {"chat_template": config.data.chat_template})
 
 
@@ -254,6 +256,7 @@ def _read_run(
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
   if config.lora.rank or config.frozen_layers:
     shape, base, tokenizer = load_base(config, mesh=mesh)
+    runs.check_base(path, config.weights, adapters.fingerprint(base))
   else:  # All that there is was trained, and the start need not be read for it.
     (shape, tokenizer), base = start_of(config), {}
 

@@ -1,8 +1,8 @@
 """When [CLS] is re-evaluated while a response is generated: a bool per response token, as data.
 
 The tokens are those behind a caller's prefix, which is judged whole or not at all (`SafetyConfig.sweep_prefill`): an
-attacker who writes it cannot use the checks up. While an alarm is open (Rule 3) every token is checked. `policy.py` sees
-to both, whatever the schedule says.
+attacker who writes it cannot use the checks up. While an alarm is open (Rule 3) every token is checked. `policy.py`
+sees to both, whatever the schedule says.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ NAMES = ("each", "first", "periodic(N)", "annealing")
 
 
 def as_array(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | np.ndarray:
-  """The schedule as bool [steps]: is [CLS] re-evaluated after the token of that index behind the caller's prefix?
+  """The schedule as bool [steps]: is [CLS] re-evaluated after the token of that index, behind a caller's prefix?
 
   Args:
-    schedule: "each"; "first": none, the initial verdict is all; "periodic(N)", or "periodic" for N = 10; "annealing"; or a
-      bool array of at least `steps`, which is cut.
+    schedule: "each"; "first": none, the initial verdict is all; "periodic(N)", or "periodic" for N = 10; "annealing";
+      or a bool array of at least `steps`, which is cut.
     steps: response tokens.
 
   Raises:

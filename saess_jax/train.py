@@ -231,9 +231,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     The last validation's averages; {} where nothing was validated, as when the run was at its end already.
 
   Raises:
-    ValueError: bad settings or data, a mesh that does not fit, a workdir of another run or of other data; before
-      anything is written. A workdir that another process trains in, or an aligned run's weights that would have to
-      answer prompts in the unaligned base's place.
+    ValueError: bad settings or data, a mesh that does not fit, a workdir of another run, of other data or from other
+      weights; before anything is written. A workdir that another process trains in, or an aligned run's weights that
+      would have to answer prompts in the unaligned base's place.
     Diverged: the loss is not finite; the last good checkpoint stays.
     damage.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.
@@ -246,13 +246,14 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     sources.check_labels(rows["train"], f"The training split of {config.data.source}")
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
+    fingerprint = adapters.fingerprint(base) if runs.reads_base_again(config) else ""
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
       examples = pipeline.build_examples(tokenizer, split, None, as_ours)
       preflight.check_ids(examples, shape.vocab_size)
       pipeline.Batches(examples, as_ours)
-  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows))
+  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows, fingerprint))
   with _alone(workdir):
     rows = cluster.first_then_rest("preparing the data", lambda: {
         split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})

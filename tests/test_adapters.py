@@ -1,6 +1,7 @@
 """An adapter as one file: what a run learned is there, and only its own base takes it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -14,7 +15,20 @@ import pytest
 import safetensors.numpy
 from test_train import scalars, small_config
 
-from saess_jax import adapters, checkpoint, config, convert, hf, model, pretrained, sharding, snapshot, train, weights
+from saess_jax import (
+  adapters,
+  checkpoint,
+  config,
+  convert,
+  hf,
+  model,
+  pretrained,
+  runs,
+  sharding,
+  snapshot,
+  train,
+  weights,
+)
 from saess_jax.config import (
   LoraConfig,
   LossConfig,
@@ -198,6 +212,19 @@ def test_an_adapter_of_a_run_on_a_hugging_face_folder(trained, tmp_path):
   adapter, other = pretrained.read_adapter(tmp_path / "run"), pretrained.read_adapter(trained / "run")
   assert adapter.base == str(tmp_path / "folder")
   assert (adapter.sizes, adapter.fingerprint) == (other.sizes, other.fingerprint)
+
+
+def test_a_run_whose_base_was_replaced_is_refused(trained, tmp_path, params):
+  """Of the same shape: its pairs would be merged into weights that they do not belong to."""
+  shutil.copytree(trained, tmp_path / "all")
+  other = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.125, params)
+  shutil.rmtree(tmp_path / "all" / "base")
+  snapshot.write(tmp_path / "all" / "base", TINY, other, hf.byte_tokenizer(), SafetyConfig(), "random", {})
+  run = dataclasses.replace(runs.read_config(trained / "run"), weights=str(tmp_path / "all" / "base"))
+  (tmp_path / "all" / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
+  for use in (pretrained.load_for_research, pretrained.read_adapter, functools.partial(train.train_and_evaluate, run)):
+    with pytest.raises(ValueError, match=r"began from other weights than .*base holds now \(fingerprint \w{16}, now"):
+      use(tmp_path / "all" / "run")
 
 
 def test_the_base_may_have_moved(trained, tmp_path):
