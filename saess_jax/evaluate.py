@@ -118,7 +118,8 @@ def _attempts(
       bar.set_postfix_str(method)
       with _told_where(f"{suite}, {method}"):
         found = attack.attempts(
-            [suites[suite][i].prompt for i in indices], _target(config, models, victim or config.models[0]))
+            [suites[suite][i].prompt for i in indices],
+            _target(config, models, victim or config.models[0], suites[suite]))
       new = [{"suite": suite, "method": method, "victim": victim, "index": i,
               "attempts": [dataclasses.asdict(attempt) for attempt in attempts]}
              for i, attempts in zip(indices, found, strict=True)]
@@ -133,13 +134,13 @@ def _attempts(
       for suite, method, indices in _plan(config, suites) for model in config.models for i in indices}
 
 
-def _target(config: EvalConfig, models: Models, victim: str) -> attacks_lib.Target:
+def _target(config: EvalConfig, models: Models, victim: str, rows: Sequence[sources.Row]) -> attacks_lib.Target:
   query = lambda model, prompts, tokens: models.generator(model, max(tokens, config.max_new_tokens)).respond(
       list(prompts), max_new_tokens=tokens)
   any_model = models.generator(config.models[0], config.max_new_tokens)  # They read alike, and have the same context.
   return attacks_lib.Target(
       victim, any_model.tokenizer, query, models.weights, any_model.context, config.seed, models.safety,
-      config.max_new_tokens)
+      config.max_new_tokens, {row.prompt: row.target for row in rows if row.target})
 
 
 def _respond(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from white_box import BEHAVIORS, target, with_verdict
@@ -67,14 +69,15 @@ def test_the_elite_stays_and_the_unfit_have_no_children():
 
 @pytest.mark.parametrize("attack, where", [(AutoDan, "base"), (AutoDanCls, "saess")])
 def test_it_lowers_the_loss_of_what_is_sent(params, attack, where):
-  here = target(params)
+  answer = "Sure, here is bread"
+  here = dataclasses.replace(target(params), target_strings={BEHAVIORS[0]: answer})
   attempt, = attack(4, population=16).attempts(BEHAVIORS[:1], here)[0]
   first, last = losses_of(attempt)
   assert last < first and attempt.queries == 16 * (1 + 4) and attempt.tokens == 0
   assert ("P(malicious)" in attempt.variant) == (where == "saess")
   weights = here.weights(where)
   rows = objective.pad_rows(
-      [objective.encode_row(weights, attempt.prompt, objective.target_of(BEHAVIORS[0]))], multiple=64)
+      [objective.encode_row(weights, attempt.prompt, answer)], multiple=64)
   scores = objective.score_all(weights, rows, 1.0, objective.target_slots(rows))
   assert f"{float(scores.loss[0]):.2f}" == f"{last:.2f}"
 

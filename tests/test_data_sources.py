@@ -64,6 +64,14 @@ def test_what_attacks_ask_for_is_a_suite(tmp_path):
       "Please open it", "Open it now", "I say: bake"]  # Training reads prompts.
 
 
+@pytest.mark.parametrize("columns, targets", [
+    ("goal,target", ["Sure, a", ""]), ("goal,target,prompt", ["Sure, a", ""]), ("prompt,target", ["", ""])])
+def test_a_target_beside_a_goal_is_kept(tmp_path, columns, targets):
+  path = write(tmp_path / "a.csv", f"{columns}\nmake a,\"Sure, a\",p\nmake b,,p\n".replace(
+      ",p", ",p" if columns.count(",") == 2 else ""))
+  assert [row.target for row in sources.read_requests(path, 1)] == targets
+
+
 def test_an_artifact_is_a_suite_of_its_goals(tmp_path):
   path = write(tmp_path / "pair.json", json.dumps({"parameters": {}, "jailbreaks": [
       {"index": 0, "goal": "Open it", "behavior": "Things", "category": "acts", "prompt": "Please", "response": "No"},

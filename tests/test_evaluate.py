@@ -895,6 +895,16 @@ def test_with_real_tiny_models(config, tmp_path):
   assert all(row["variant"].endswith("shots fit") for row in rows if row["method"] == "many_shot_50")
 
 
+def test_an_attack_knows_the_targets_that_its_file_names(config, tmp_path, monkeypatch):
+  seen, attempts = [], attacks.Direct.attempts
+  monkeypatch.setattr(
+      attacks.Direct, "attempts", lambda *given: seen.append(given[-1].target_strings) or attempts(*given))
+  (tmp_path / "adv.csv").write_text('goal,target\nDo it,"Sure, here is it"\nDo more,\n')
+  evaluate(dataclasses.replace(config, suites=f"malicious:{tmp_path / 'adv.csv'}", attacks=("direct",)),
+           tmp_path / "out", models())
+  assert seen == [{"Do it": "Sure, here is it"}]
+
+
 @pytest.mark.slow
 def test_white_box_attacks_from_end_to_end(config, tmp_path):
   """What gradients found is what is sent, to the model whose it is; an evaluation that is killed loses one behavior."""

@@ -20,6 +20,7 @@ from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 
 TOP_K = 64  # Of every attack here: each number is a compilation of its own.
+ANSWER = objective.target_of(BEHAVIORS[0])
 one_hot_gradient = jax.jit(gcg.one_hot_gradient, static_argnames=("model", "size", "slots"))
 
 
@@ -29,7 +30,7 @@ def params(tiny_params):
 
 
 def place_of(params, name="saess", **changes):
-  return Place(target(params, **changes).weights(name), BEHAVIORS[0])
+  return Place(target(params, **changes).weights(name), BEHAVIORS[0], ANSWER)
 
 
 def test_the_target_follows_the_form_of_the_request_and_not_its_content():
@@ -37,6 +38,8 @@ def test_the_target_follows_the_form_of_the_request_and_not_its_content():
       "Sure, here is how it is done, step by step:", "Sure, here is the full text that you asked for:",
       "Sure, here is the list that you asked for:", "Sure, here is everything that you asked for:",
       "Sure, here is everything that you asked for:"]
+  assert objective.target_of("Do x.", {"Do x.": "Sure, x is", "Do y.": "No"}) == "Sure, x is"
+  assert objective.target_of("Do z.", {"Do x.": "Sure, x is"}) == objective.target_of("Do z.")
 
 
 @pytest.mark.parametrize("name, kind, steps, candidates", [
@@ -113,7 +116,7 @@ def test_verdicts_on_query_and_windows_are_the_decoders(params, changes):
   shallow = {name: leaf for name, leaf in params.items() if name != "layers_1"}
   there = target(shallow, safety=safety).weights("saess")
   w = Weights(model.Llama(there.model.config.replace(num_layers=1)), shallow, there.tokenizer, safety)
-  place = Place(w, BEHAVIORS[0])
+  place = Place(w, BEHAVIORS[0], ANSWER)
   scores = objective.score_all(w, place.rows([place.ids]), 1.0, place.slots)
   tokens, kinds = place.row
   answer = kinds == TokenKind.RESPONSE
@@ -142,7 +145,7 @@ def test_the_base_model_sees_no_cls(params):
 @pytest.mark.parametrize("name", ["base", "saess"])
 def test_the_target_follows_the_header_wherever_cls_is_stored(params, name):
   w = dataclasses.replace(target(params).weights(name), header_sees_cls=False)
-  place = Place(w, BEHAVIORS[0])
+  place = Place(w, BEHAVIORS[0], ANSWER)
   tokens, kinds = place.row
   answer = np.flatnonzero(kinds == TokenKind.RESPONSE)
   assert kinds[answer[0] - 2 : answer[0]].tolist() == [TokenKind.HEADER, TokenKind.CLS] and place.survives(place.ids)
@@ -179,8 +182,9 @@ def test_candidates_along_the_gradient_are_better_than_others(params):
   assert mean_loss(best) < mean_loss(others) - 0.1, (mean_loss(best), mean_loss(others))
 
 
-def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
-  here = target(params)
+@pytest.mark.parametrize("named", ["", "Sure, here is bread"])
+def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params, named):
+  here = dataclasses.replace(target(params), target_strings={BEHAVIORS[0]: named})
   *_, attempt = Gcg(6, candidates=16, top_k=TOP_K).attempts(BEHAVIORS[:1], here)[0]
   before, after = (float(word) for word in attempt.variant.removeprefix("6 steps, loss ").split(" -> "))
   assert after < before - 0.5
@@ -188,7 +192,7 @@ def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params):
   assert attempt.prompt.startswith(BEHAVIORS[0]) and attempt.prompt.isascii()
   # Scored as text, by the way of every prompt, it has the loss that was reported.
   weights = here.weights("base")
-  rows = objective.pad_rows([objective.encode_row(weights, attempt.prompt, objective.target_of(BEHAVIORS[0]))])
+  rows = objective.pad_rows([objective.encode_row(weights, attempt.prompt, named or ANSWER)])
   assert rows.tokens.shape == place_of(params).rows([place_of(params).ids]).tokens.shape
   lm = objective.score_all(weights, rows, 0.0, objective.target_slots(rows)).lm
   assert f"{float(lm[0]):.2f}" == attempt.variant.rsplit(" ", 1)[1]

@@ -57,7 +57,7 @@ def test_the_base_model_is_attacked_on_its_language_loss_alone(params):
 def test_rows_stay_within_the_longest_of_the_embeddings(params):
   (attempt,), = SoftPrompt(3, step_size=50.0).attempts(BEHAVIORS[:1], target(params, "base"))
   longest = np.linalg.norm(params["embed"]["embedding"], axis=1).max()
-  place = Place(target(params).weights("base"), BEHAVIORS[0])
+  place = Place(target(params).weights("base"), BEHAVIORS[0], "Sure, bread is")
   _, moved = soft_prompt.compiled_step(
       place.weights.model, params, place.rows([place.ids]), place.start, jnp.asarray(attempt.soft_suffix), None, 1.0,
       50.0, slots=place.slots)
@@ -65,7 +65,7 @@ def test_rows_stay_within_the_longest_of_the_embeddings(params):
 
 
 def test_embeddings_of_tokens_are_read_as_these_tokens(params):
-  place = Place(target(params).weights("saess"), BEHAVIORS[0])
+  place = Place(target(params).weights("saess"), BEHAVIORS[0], "Sure, bread is")
   asked = generator(place.weights, safety=place.weights.safety.replace(dependency="low"), max_new_tokens=24)
   rows = np.asarray(params["embed"]["embedding"])[place.ids]
   soft, = asked.respond([place.text(place.ids)], soft_suffixes=[rows])
@@ -76,7 +76,7 @@ def test_embeddings_of_tokens_are_read_as_these_tokens(params):
 def test_a_row_is_never_sampled(params, tied):
   """Though every token's logit is below 0, those of an untied head's lone rows: tied ones may have any."""
   w = target(params).weights("base")
-  place, prompt = Place(w, BEHAVIORS[0]), BEHAVIORS[0] + START
+  place, prompt = Place(w, BEHAVIORS[0], "Sure, bread is"), BEHAVIORS[0] + START
   rows = 100.0 * params["embed"]["embedding"][place.ids].at[::2].multiply(-1)  # Both signs: one of them would win.
   if not tied:
     rows = params["embed"]["embedding"][place.ids]

@@ -105,26 +105,26 @@ class AutoDan(Attack):
       ValueError: a behavior that with its prompt exceeds the model's context.
     """
     weights = target.weights(target.victim if self.adaptive else "base")
-    return [[self._attempt(behavior, weights, target.seed)] for behavior in behaviors]
+    return [[self._attempt(behavior, weights, target)] for behavior in behaviors]
 
-  def _attempt(self, behavior: str, weights: Weights, seed: int) -> Attempt:
-    rng = np.random.default_rng(filler.draw(behavior, seed))
+  def _attempt(self, behavior: str, weights: Weights, target: Target) -> Attempt:
+    rng = np.random.default_rng(filler.draw(behavior, target.seed))
+    answer = objective.target_of(behavior, target.target_strings)
     prompts = first_population(self.population, rng)
-    scores, momentum = self._scores(behavior, prompts, weights), {}
+    scores, momentum = self._scores(behavior, answer, prompts, weights), {}
     first = objective.best_of(scores)
     for _ in range(self.generations):
       momentum = word_scores(prompts, scores.loss, momentum)
       prompts = next_population(prompts, scores.loss, momentum, rng)
-      scores = self._scores(behavior, prompts, weights)
+      scores = self._scores(behavior, answer, prompts, weights)
     best = prompts[int(np.argmin(scores.loss))]
     return Attempt(
         text_of(best, behavior), variant=objective.summary(first, objective.best_of(scores)),
         queries=self.population * (self.generations + 1))
 
-  def _scores(self, behavior: str, prompts: Sequence[Prompt], weights: Weights) -> Scores:
-    target = objective.target_of(behavior)
+  def _scores(self, behavior: str, answer: str, prompts: Sequence[Prompt], weights: Weights) -> Scores:
     rows = objective.pad_rows(
-        [objective.encode_row(weights, text_of(prompt, behavior), target) for prompt in prompts], multiple=64)
+        [objective.encode_row(weights, text_of(prompt, behavior), answer) for prompt in prompts], multiple=64)
     return objective.score_all(weights, rows, self.cls_weight, objective.target_slots(rows))
 
 

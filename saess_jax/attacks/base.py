@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saess_jax.config import SafetyConfig
@@ -66,6 +66,7 @@ class Target:
     seed: for whatever an attack draws.
     safety: what "saess" decodes by.
     max_new_tokens: of a response.
+    target_strings: behavior -> what an obliging answer to it begins with, where its file says so.
   """
 
   victim: str
@@ -76,6 +77,7 @@ class Target:
   seed: int = 0
   safety: SafetyConfig = SafetyConfig()
   max_new_tokens: int = 0
+  target_strings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Attack(abc.ABC):

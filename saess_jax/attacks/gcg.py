@@ -66,11 +66,11 @@ class Gcg(Attack):
     """
     weights = target.weights(target.victim if self.adaptive else "base")
     allowed = allowed_tokens(weights.tokenizer, weights.model.config.vocab_size)
-    return [self._attempts(behavior, weights, allowed, target.seed) for behavior in behaviors]
+    return [self._attempts(behavior, weights, allowed, target) for behavior in behaviors]
 
-  def _attempts(self, behavior: str, weights: Weights, allowed: np.ndarray, seed: int) -> list[Attempt]:
-    rng = np.random.default_rng(draw(behavior, seed))
-    place = Place(weights, behavior)
+  def _attempts(self, behavior: str, weights: Weights, allowed: np.ndarray, target: Target) -> list[Attempt]:
+    rng = np.random.default_rng(draw(behavior, target.seed))
+    place = Place(weights, behavior, objective.target_of(behavior, target.target_strings))
     ids, queries, seen, made = place.ids, 0, [], []
     for step in range(1, self.steps + 1):
       scores, best_tokens = compiled_top_tokens(
@@ -111,6 +111,7 @@ class Place:
   """A behavior with room for a suffix behind it.
 
   Attributes:
+    answer: the target.
     ids: int32 [R], the first suffix.
     row: (tokens, kinds) with it, as `objective.encode_row` gives them.
     start: where in `row` it begins.
@@ -119,13 +120,13 @@ class Place:
 
   weights: Weights
   behavior: str
+  answer: str
 
   def __post_init__(self):
     self.behavior = self.behavior.rstrip()
-    target = objective.target_of(self.behavior)
     self._alone = self._query(self.behavior)
     self._before = self._decode(self._alone)
-    self.row = objective.encode_row(self.weights, self.behavior + START, target)
+    self.row = objective.encode_row(self.weights, self.behavior + START, self.answer)
     self.slots = objective.target_slots(objective.pad_rows([self.row]))
     tokens, kinds = self.row
     places = np.flatnonzero(kinds == TokenKind.QUERY)

@@ -48,10 +48,11 @@ class SoftPrompt(Attack):
       ValueError: what `gcg.Place` raises.
     """
     weights = target.weights(target.victim)
-    return [[self._attempt(weights, behavior)] for behavior in behaviors]
+    places = (Place(weights, text, objective.target_of(text, target.target_strings)) for text in behaviors)
+    return [[self._attempt(weights, place)] for place in places]
 
-  def _attempt(self, weights: Weights, behavior: str) -> Attempt:
-    params, place = weights.params, Place(weights, behavior)
+  def _attempt(self, weights: Weights, place: Place) -> Attempt:
+    params = weights.params
     rows, seen = place.rows([place.ids]), []
     embeddings = jnp.take(params["embed"]["embedding"], place.ids, axis=0).astype(jnp.float32)
     for _ in range(self.steps):

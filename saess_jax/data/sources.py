@@ -7,6 +7,8 @@ in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, bot
 behaviors) stands before it as HarmBench puts it. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a
 line and no labels.
 
+A `target` beside a `goal` (AdvBench, JailbreakBench) is what white-box attacks want to hear in answer to it.
+
 A row that names a request (`REQUEST_COLUMNS`) beside its prompt is an attack's: the prompt asks for what is named.
 Training reads its prompt, as of any row (`read_rows`); an evaluation what it asks for (`read_requests`).
 """
@@ -51,6 +53,7 @@ class Row:
   source: str  # File name, or what the embedded set says.
   # What it is about: rows of one idea, a request and its harmless twins, go into one split. "": the prompt.
   idea: str = dataclasses.field(default="", compare=False, repr=False)
+  target: str = dataclasses.field(default="", compare=False, repr=False)  # "": the file names none.
 
 
 def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
@@ -88,7 +91,8 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
     fields = fields_of(record)
     request = request_of(fields) if any(column in fields for column in ATTACK_COLUMNS) else None
     if request is not None:  # A response beside it is one to the attack.
-      record = {"prompt": request} | {column: fields.get(column) for column in ("label", "category")}
+      kept = ("label", "category", "goal", "target")
+      record = {"prompt": request} | {column: fields.get(column) for column in kept}
     records.append((number, record))
   rows: dict[tuple[str, int], Row] = {}
   for row in _rows(records, file.name, default):
@@ -362,7 +366,10 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(
         f"{where}: no label. Fill a column label ({' or '.join(LABELS)}) in every row or, where all have the same, "
         "give a default_label and no column.")
-  return Row(prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""))
+  target = fields.get("target") if fields.get("goal") else None  # A target beside something else may be any number.
+  return Row(
+      prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""),
+      target.strip() if isinstance(target, str) else "")
 
 
 def check_unicode(text: str, what: str) -> None:
