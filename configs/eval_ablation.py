@@ -5,8 +5,8 @@
   no_decoding     no strategic decoding: verdicts are kept and nothing is done about them
   windows         the initial verdict changes nothing: what windows stop by themselves, under attacks on them too
   high            an intervention is a fixed refusal that ends the response
-  each, first, periodic, annealing    when [CLS] is asked again (first: never, on no prefix either); under an attack
-                  with a prefix as long as annealing looks too
+  each, first, periodic, annealing    when [CLS] is asked again (first: never, on no prefix either); one attack more,
+                  late_142, has a prefix as long as annealing looks
   r_N             r1 = r2 = r3 = N
   tau_N           malicious verdicts running before the refusal goes in
   threshold_N     the verdict's threshold, in percent

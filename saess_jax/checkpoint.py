@@ -1,6 +1,6 @@
 """What a run keeps.
 
-  config.json, data.json    what it is a run of (runs.py)
+  config.json, data.json, base.json    what it is a run of (runs.py)
   checkpoints/STEP/    orbax: state (step, trainable weights, optimizer, rng), its checksums, iterator, config
   checkpoints/STEP.damaged/    a step that could not be read when the run was resumed; may be deleted
   rollouts.jsonl       the base model's completions of the training prompts

@@ -384,7 +384,7 @@ def step(
     wanted = jnp.zeros_like(alive)
     hidden, cls_logit, cache = run(wanted, None, s.cache)
   else:
-    scheduled = policy.scheduled(config.schedule, t, prompt.prefix_length, config.safety)
+    scheduled = policy.is_scheduled(config.schedule, t, prompt.prefix_length, config.safety)
     wanted = policy.wants_verdict(s.verdicts, t, scheduled, config.safety) & alive
     window = masks.view_visibility(kinds, policy.view(s.verdicts, t, config.safety)[:, None])
     # A step at which no row's verdict is due runs without the [CLS] rows. Two loops of one turn or none: the cache is

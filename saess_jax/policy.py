@@ -80,7 +80,7 @@ def _malicious(prob: jax.Array, config: SafetyConfig) -> jax.Array:
   return ~(prob < config.threshold)
 
 
-def scheduled(schedule: jax.Array, t: jax.Array, prefix_length: int | jax.Array, config: SafetyConfig) -> jax.Array:
+def is_scheduled(schedule: jax.Array, t: jax.Array, prefix_length: int | jax.Array, config: SafetyConfig) -> jax.Array:
   """Is [CLS] to be re-evaluated after response token t, as long as no alarm is open?
 
   A caller's prefix is judged at every token (`sweep_prefill`) or at none; the schedule counts from the first token
@@ -105,7 +105,7 @@ def wants_verdict(state: PolicyState, t: jax.Array, scheduled: jax.Array, config
 
   Args:
     t: int32 [B] or scalar, index of the newest response token.
-    scheduled: bool [B] or scalar, `scheduled` at t.
+    scheduled: bool [B] or scalar, `is_scheduled` at t.
 
   Returns:
     bool [B].
@@ -175,7 +175,7 @@ def replay(
 
   def step(state, inputs):
     t, prob = inputs
-    now = scheduled(schedule, t, prefix_length, config)
+    now = is_scheduled(schedule, t, prefix_length, config)
     evaluated = wants_verdict(state, t, now, config) & ~jnp.isnan(prob)
     state = update(state, t, prob, evaluated, config)
     return state, state.phase

@@ -79,6 +79,14 @@ def load_base(
   return shape, loaded.params, loaded.tokenizer
 
 
+def fingerprint_of_base(config: TrainConfig, base: Any) -> str:
+  """`adapters.fingerprint` of the params that `load_base` gave, or "" of computed ones, which are not the same to the
+  bit on every device: random weights, and those of a run with LoRA.
+  """
+  stored = config.weights and not (runs.is_run(config.weights) and runs.read_config(config.weights).lora.rank)
+  return adapters.fingerprint(base) if stored else ""
+
+
 def shape_of(config: TrainConfig, stored: ModelConfig | None) -> ModelConfig:
   """The unrolled model of a run that starts from weights of the shape `stored`, or from random ones (None).
 
@@ -227,7 +235,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
   shape, base, _ = load_base(config, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
-  fingerprint = adapters.fingerprint(base)
+  fingerprint = fingerprint_of_base(config, base)
   runs.check_base(workdir, config.weights, fingerprint)
   if rank:
     learned = _read_run(workdir, lambda _: step, None).params
@@ -256,7 +264,7 @@ def _read_run(
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
   if config.lora.rank or config.frozen_layers:
     shape, base, tokenizer = load_base(config, mesh=mesh)
-    runs.check_base(path, config.weights, adapters.fingerprint(base))
+    runs.check_base(path, config.weights, fingerprint_of_base(config, base))
   else:  # All that there is was trained, and the start need not be read for it.
     (shape, tokenizer), base = start_of(config), {}
 

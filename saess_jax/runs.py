@@ -1,8 +1,8 @@
-"""Whose a workdir is: the config and the data that a training run began with. Another run's are refused.
+"""Whose a workdir is: the config, the data and the weights that a training run began with. Another run's are refused.
 
   config.json    the TrainConfig
   data.json      rows and digest of each split
-  base.json      what tells the weights that it began from, where these are read again: not all of them were trained
+  base.json      what tells the weights that it began from
 """
 
 from __future__ import annotations
@@ -28,13 +28,6 @@ def is_run(path: str | pathlib.Path) -> bool:
   return path != "" and ((folder / "checkpoints").is_dir() or (folder / "data.json").is_file())
 
 
-def reads_base_again(config: TrainConfig) -> bool:
-  """Whether a run that goes on needs what it began from: what stays frozen, and what is compared with, is in no
-  checkpoint.
-  """
-  return bool(config.lora.rank or config.frozen_layers or config.loss.kl_weight or config.objective == "dpo")
-
-
 def claim(
     workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]], fingerprint: str = ""
 ) -> pathlib.Path:
@@ -42,7 +35,7 @@ def claim(
 
   Args:
     rows: of each split.
-    fingerprint: of the weights that the run begins from (`adapters.fingerprint`), if it reads them again.
+    fingerprint: of the weights that the run begins from (`pretrained.fingerprint_of_base`); "" of those without one.
 
   Raises:
     ValueError: a schedule as an array; or it holds another run's config (the mesh apart), or a run over other rows or
@@ -71,13 +64,11 @@ def claim(
           f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
           "that run to resume it.")
     _check_rows(workdir / "data.json", config.data.source, digests)
-    if fingerprint:
-      check_base(workdir, config.weights, fingerprint)
+    check_base(workdir, config.weights, fingerprint)
     return workdir
   workdir.mkdir(parents=True, exist_ok=True)
   staging.write_text(workdir / "data.json", json.dumps(digests, indent=2) + "\n")
-  if fingerprint:
-    staging.write_text(workdir / "base.json", json.dumps({"fingerprint": fingerprint}) + "\n")
+  staging.write_text(workdir / "base.json", json.dumps({"fingerprint": fingerprint}) + "\n")
   staging.write_text(path, json.dumps(mine, indent=2) + "\n")  # Last: it is what makes the workdir a run's.
   return workdir
 
@@ -85,11 +76,11 @@ def claim(
 def check_base(workdir: str | pathlib.Path, weights: str, fingerprint: str) -> None:
   """Raises ValueError where `weights` are not those that the run in `workdir` began from: of another fingerprint."""
   path = pathlib.Path(workdir).expanduser() / "base.json"
-  began = json.loads(path.read_text())["fingerprint"] if path.exists() else fingerprint  # A run older than this file.
-  if began != fingerprint:
+  began = json.loads(path.read_text())["fingerprint"] if path.exists() else ""  # A run older than this file.
+  if began and fingerprint and began != fingerprint:
     raise ValueError(
-        f"The run in {workdir} began from other weights than {weights or 'random ones'} holds now (fingerprint "
-        f"{began}, now {fingerprint}), and not all of them are in its checkpoints. Put them back as they were.")
+        f"The run in {workdir} began from other weights than {weights} holds now (fingerprint {began}, now "
+        f"{fingerprint}). Put them back as they were, or choose another --workdir to train from these.")
 
 
 def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ def load_models(config: EvalConfig) -> Models:
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
     if trained is not None:
       shape, params, tokenizer = pretrained.load_base(trained)
+      runs.check_base(path, trained.weights, pretrained.fingerprint_of_base(trained, params))
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
@@ -63,5 +62,6 @@ def short_names(names: Collection[str]) -> dict[str, str]:
 
 def digest(suites: dict[str, list[sources.Row]]) -> str:
   """Says which rows these are, so that an evaluation is not resumed with others."""
-  return hashlib.sha256(json.dumps({
-      suite: [dataclasses.astuple(row) for row in rows] for suite, rows in suites.items()}).encode()).hexdigest()
+  told = lambda row: [row.prompt, row.response, row.label, row.category, row.source] + [row.target] * bool(row.target)
+  return hashlib.sha256(
+      json.dumps({suite: list(map(told, rows)) for suite, rows in suites.items()}).encode()).hexdigest()

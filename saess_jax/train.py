@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import signal
@@ -243,10 +244,11 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     preflight.check(config, mesh)
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
-    sources.check_labels(rows["train"], f"The training split of {config.data.source}")
+    sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
+    sources.require_one_label(itertools.chain(*rows.values()))
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
-    fingerprint = adapters.fingerprint(base) if runs.reads_base_again(config) else ""
+    fingerprint = pretrained.fingerprint_of_base(config, base)
     training = config_of_training(config, shape)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.

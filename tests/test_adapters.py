@@ -26,6 +26,7 @@ from saess_jax import (
   runs,
   sharding,
   snapshot,
+  subjects,
   train,
   weights,
 )
@@ -222,9 +223,20 @@ def test_a_run_whose_base_was_replaced_is_refused(trained, tmp_path, params):
   snapshot.write(tmp_path / "all" / "base", TINY, other, hf.byte_tokenizer(), SafetyConfig(), "random", {})
   run = dataclasses.replace(runs.read_config(trained / "run"), weights=str(tmp_path / "all" / "base"))
   (tmp_path / "all" / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
-  for use in (pretrained.load_for_research, pretrained.read_adapter, functools.partial(train.train_and_evaluate, run)):
+  asked = lambda path: subjects.load_models(config.EvalConfig(checkpoint=str(path), models=("base",))).weights("base")
+  uses = pretrained.load_for_research, pretrained.read_adapter, functools.partial(train.train_and_evaluate, run), asked
+  for use in uses:
     with pytest.raises(ValueError, match=r"began from other weights than .*base holds now \(fingerprint \w{16}, now"):
       use(tmp_path / "all" / "run")
+  (tmp_path / "all" / "run" / "base.json").unlink()  # As of a run that is older than this check.
+  assert pretrained.load_for_research(tmp_path / "all" / "run")
+
+
+def test_computed_weights_have_no_fingerprint_to_go_by(trained, params):
+  """Products of float32 are not the same to the bit on every device."""
+  of = lambda weights: pretrained.fingerprint_of_base(config.TrainConfig(weights=weights), params)
+  assert of("") == of(str(trained / "run")) == ""
+  assert of(str(trained / "base")) == adapters.fingerprint(params)
 
 
 def test_the_base_may_have_moved(trained, tmp_path):

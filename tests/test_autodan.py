@@ -73,6 +73,7 @@ def test_it_lowers_the_loss_of_what_is_sent(params, attack, where):
   here = dataclasses.replace(target(params), target_strings={BEHAVIORS[0]: answer})
   attempt, = attack(4, population=16).attempts(BEHAVIORS[:1], here)[0]
   first, last = losses_of(attempt)
+  assert attempt.target == answer
   assert last < first and attempt.queries == 16 * (1 + 4) and attempt.tokens == 0
   assert ("P(malicious)" in attempt.variant) == (where == "saess")
   weights = here.weights(where)

@@ -113,6 +113,9 @@ def test_a_request_is_asked_once_under_each_label(tmp_path):
     ("a.json", '{"jailbreaks": []}', "a.json is empty"),
     ("a.json", '{"jailbreaks": [{"goal": "a"}, {}]}', "a.json:2: no p"),
     ("a.csv", "goal,prompt\n ,p\n", "a.csv:2: prompt is ' '; expected text"),
+    ("a.jsonl", '{"goal": "a", "target": 7}', "a.jsonl:1: target is 7; expected what an answer"),
+    ("a.csv", f"goal,target\na,{'a' * 501}\n", "a text of 500 characters at most"),
+    ("a.jsonl", '{"goal": "a", "target": "\\ud83d"}', "a.jsonl:1: target is .*half a surrogate pair"),
     ("a.jsonl", '{"goal": ["a"], "prompt": "p"}', r"a.jsonl:1: prompt is \['a'\]; expected text")])
 def test_bad_files_of_attacks(tmp_path, name, text, message):
   with pytest.raises(ValueError, match=message):
@@ -181,14 +184,18 @@ def test_missing_file_no_file_and_bad_default(tmp_path):
     sources.read_rows(write(tmp_path / "a.txt", "p"), default_label="both")
 
 
-def test_two_classes_and_one_of_each_prompt():
+def test_two_classes():
   rows = [sources.Row("a", "", 1, "", ""), sources.Row("b", "", 0, "", "")]
-  sources.check_labels(rows, "x.csv")
+  sources.require_two_classes(rows, "x.csv")
   with pytest.raises(ValueError, match="x.csv has 0 benign and 1 malicious rows; training needs both"):
-    sources.check_labels(rows[:1], "x.csv")
-  both = [*rows, sources.Row(f" {rows[0].prompt.upper()}", "", 1 - rows[0].label, "", "b.csv")]
-  with pytest.raises(ValueError, match=r"as malicious \(.*\) and as benign \(b.csv\); keep one of them"):
-    sources.check_labels(both, "x.csv")
+    sources.require_two_classes(rows[:1], "x.csv")
+
+
+def test_one_label_of_each_prompt():
+  rows = [sources.Row("a", "", 1, "", "a.csv"), sources.Row("b", "", 0, "", "a.csv")]
+  sources.require_one_label(rows + rows)
+  with pytest.raises(ValueError, match="' A' is malicious in a.csv and benign in b.csv; keep one of them"):
+    sources.require_one_label([*rows, sources.Row(" A", "", 0, "", "b.csv")])
 
 
 def test_rows_of_a_file_that_are_test_prompts_are_told(tmp_path, caplog):

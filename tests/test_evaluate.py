@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -893,6 +894,12 @@ def test_with_real_tiny_models(config, tmp_path):
     assert len(row["tokens"]) == len(row["cls_prob"]) == len(row["phase"])
   assert any(row["prefix_tokens"] for row in rows)
   assert all(row["variant"].endswith("shots fit") for row in rows if row["method"] == "many_shot_50")
+
+
+def test_the_digest_of_rows_without_a_target_is_what_it_was_before_there_were_any():
+  row = sources.Row("Do it", "", 1, "acts", "a.csv", idea="it")
+  assert suites_lib.digest({"s": [row]}) == hashlib.sha256(b'{"s": [["Do it", "", 1, "acts", "a.csv"]]}').hexdigest()
+  assert suites_lib.digest({"s": [dataclasses.replace(row, target="Sure")]}) != suites_lib.digest({"s": [row]})
 
 
 def test_an_attack_knows_the_targets_that_its_file_names(config, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 from white_box import BEHAVIORS, SAFETY, target, with_verdict
 
-from saess_jax import decode, model
+from saess_jax import decode, model, schedule
 from saess_jax.attacks import Weights, gcg, make_attack, objective
 from saess_jax.attacks.gcg import Gcg, GcgCls, GcgVictim, Place
 from saess_jax.data import chat
@@ -125,7 +125,7 @@ def test_verdicts_on_query_and_windows_are_the_decoders(params, changes):
       decode.decode_config(w.tokenizer, safety, max_new_tokens=1, buffer=64))
   np.testing.assert_allclose(scores.query_prob, result.initial_prob, rtol=0, atol=1e-6)
   probs = np.asarray(result.cls_prob[0])[: answer.sum()]
-  judged = probs[~np.isnan(probs)]
+  judged = probs[schedule.as_array(safety.schedule, len(probs))]  # As if the model had written what is a prefix here.
   assert len(judged) == (answer.sum() if not changes.get("schedule") else answer.sum() // 4)
   np.testing.assert_allclose(scores.window_prob, judged.max(), rtol=0, atol=1e-6)
   query = -np.log1p(-scores.query_prob) if safety.heeds_query else 0  # Nobody fights what is not heeded.
@@ -187,7 +187,7 @@ def test_it_lowers_the_loss_and_its_text_is_what_it_optimised(params, named):
   here = dataclasses.replace(target(params), target_strings={BEHAVIORS[0]: named})
   *_, attempt = Gcg(6, candidates=16, top_k=TOP_K).attempts(BEHAVIORS[:1], here)[0]
   before, after = (float(word) for word in attempt.variant.removeprefix("6 steps, loss ").split(" -> "))
-  assert after < before - 0.5
+  assert after < before - 0.5 and attempt.target == (named or ANSWER)
   assert attempt.queries == 3 * (1 + 16) and attempt.tokens == 0 and attempt.prefix == ""
   assert attempt.prompt.startswith(BEHAVIORS[0]) and attempt.prompt.isascii()
   # Scored as text, by the way of every prompt, it has the loss that was reported.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +51,9 @@ def test_it_lowers_loss_and_verdict_and_the_decoder_agrees(params):
 
 
 def test_the_base_model_is_attacked_on_its_language_loss_alone(params):
-  (attempt,), = SoftPrompt(4).attempts(BEHAVIORS[:1], target(params, "base"))
+  here = dataclasses.replace(target(params, "base"), target_strings={BEHAVIORS[0]: "Sure, bread is"})
+  (attempt,), = SoftPrompt(4).attempts(BEHAVIORS[:1], here)
+  assert attempt.target == "Sure, bread is"
   first, last = map(float, attempt.variant.removeprefix("loss ").split(" -> "))  # And nothing of a verdict.
   assert last < first
 

@@ -104,7 +104,7 @@ def finished(data, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
   config, workdir, validated = finished
   assert {p.name for p in workdir.iterdir()} == {
-      "config.json", "data.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data", "lock"}
+      "config.json", "data.json", "base.json", "checkpoints", "rollouts.jsonl", "tensorboard", "data", "lock"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"3", "6"}
   # Of the step itself, which is the last one's: the third is not validated.
   assert [(workdir / "checkpoints" / step / "metrics").exists() for step in ("3", "6")] == [False, True]

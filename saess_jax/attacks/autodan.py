@@ -119,7 +119,7 @@ class AutoDan(Attack):
       scores = self._scores(behavior, answer, prompts, weights)
     best = prompts[int(np.argmin(scores.loss))]
     return Attempt(
-        text_of(best, behavior), variant=objective.summary(first, objective.best_of(scores)),
+        text_of(best, behavior), variant=objective.summary(first, objective.best_of(scores)), target=answer,
         queries=self.population * (self.generations + 1))
 
   def _scores(self, behavior: str, answer: str, prompts: Sequence[Prompt], weights: Weights) -> Scores:

@@ -23,6 +23,7 @@ class Attempt:
     sampling: how the response is drawn, where the attacker chooses it; greedy by default.
     variant: which of an attack's several attempts at a behavior this is, in words; "" where there is one.
     soft_suffix: free embeddings [R, D] in the place of the prompt's last R tokens ("soft prompt"); none if empty.
+    target: what a white-box attack wanted the response to begin with.
     queries, tokens: the attack's budget for this attempt: calls of a model (of any kind: a gradient is one) and the
       tokens that it generated.
   """
@@ -32,6 +33,7 @@ class Attempt:
   sampling: SamplingConfig = SamplingConfig()
   variant: str = ""
   soft_suffix: Sequence[Sequence[float]] = ()
+  target: str = ""
   queries: int = 0
   tokens: int = 0
 

@@ -87,7 +87,8 @@ class Gcg(Attack):
         best, scores = min(seen, key=lambda entry: float(entry[1].loss))
         assert place.survives(best), "the suffix is not read back as the tokens that were optimised"
         course = objective.summary(seen[0][1], scores)
-        made.append(Attempt(place.text(best), variant=f"{step} steps, {course}", queries=queries))
+        made.append(Attempt(
+            place.text(best), variant=f"{step} steps, {course}", target=place.answer, queries=queries))
         queries = 0
     return made
 

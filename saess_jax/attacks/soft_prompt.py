@@ -63,7 +63,7 @@ class SoftPrompt(Attack):
       embeddings = moved
     best, embeddings = min(seen, key=lambda entry: float(entry[0].loss))
     return Attempt(
-        place.behavior + START, variant=objective.summary(seen[0][0], best), queries=self.steps,
+        place.behavior + START, variant=objective.summary(seen[0][0], best), target=place.answer, queries=self.steps,
         soft_suffix=np.round(np.asarray(embeddings, np.float64), 6).tolist())
 
 

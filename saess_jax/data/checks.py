@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--threshold", type=float, default=0.5, help="score from which a pair is a near duplicate")
   args = parser.parse_args(argv)
   train, test = (list(sources.load_split(args.source, split)) for split in ("train", "test"))
-  sources.check_labels(train, f"The train split of {args.source}")
+  sources.require_two_classes(train, f"The train split of {args.source}")
   pairs = near_duplicates(train, test, args.threshold)
   print(f"{'split':<8}{'malicious':>10}{'benign':>8}")
   for name, rows in (("train", train), ("test", test)):

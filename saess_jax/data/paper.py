@@ -108,7 +108,7 @@ def read(manual_dir: str | pathlib.Path, per_label: int) -> tuple[dict[str, list
 @functools.lru_cache(maxsize=1)  # Each split asks, and judging Alpaca's answers takes some seconds.
 def _rows(lima: tuple[str, bytes], alpaca: tuple[str, bytes], alert: tuple[str, bytes], per_label: int):
   malicious = _unique(_alert(*alert))
-  known = {row.prompt for row in malicious}
+  known = {sources.request_key(row.prompt) for row in malicious}
   dialogues, instructions = _unique(_lima(*lima)), _unique(_alpaca(*alpaca))
   for name, rows in (("LIMA", dialogues), ("Alpaca", instructions), ("ALERT", malicious)):
     if len(rows) != ORIGINS[name].rows:
@@ -144,14 +144,14 @@ def _hold_out(rows: list[Row]) -> dict[str, list[Row]]:
       "validation": [row for row in rows if row.prompt in validation]}
 
 
-def is_safety_item(row: Row, malicious_prompts: set[str]) -> bool:
-  """Whether a row of a benign set is none: its answer refuses, or its prompt is among `malicious_prompts`.
+def is_safety_item(row: Row, malicious: set[str]) -> bool:
+  """Whether a row of a benign set is none: its answer refuses, or its prompt is `malicious` (`sources.request_key`s).
 
   Words of a prompt decide nothing: without "How do I kill a process?" among the benign rows the words would be learned.
   """
   opening = row.response[:_OPENING]
   return (
-      row.prompt in malicious_prompts or RefusalJudge().is_refusal(row.prompt, row.response)
+      sources.request_key(row.prompt) in malicious or RefusalJudge().is_refusal(row.prompt, row.response)
       or PrefixJudge().is_refusal(row.prompt, opening))
 
 

@@ -22,7 +22,7 @@ import importlib.resources
 import io
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "forb
 REQUEST_COLUMNS = ("goal", "behavior", "forbidden_prompt", "bad_request")
 ATTACK_COLUMNS = ("prompt", "ss_prompt")
 RESPONSE_COLUMNS = ("response", "output", "answer", "refusal", "safe_response")
+MAX_TARGET = 500
 LABEL_WORDS = {
     "benign": 0, "safe": 0, "harmless": 0, "0": 0, "false": 0,
     "malicious": 1, "unsafe": 1, "harmful": 1, "1": 1, "true": 1,
@@ -53,7 +54,8 @@ class Row:
   source: str  # File name, or what the embedded set says.
   # What it is about: rows of one idea, a request and its harmless twins, go into one split. "": the prompt.
   idea: str = dataclasses.field(default="", compare=False, repr=False)
-  target: str = dataclasses.field(default="", compare=False, repr=False)  # "": the file names none.
+  # What white-box attacks want an answer to begin with; "": the file names nothing.
+  target: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
@@ -163,8 +165,8 @@ def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
   known = [row for row in by_split.get("train", ()) if request_key(row.prompt) in tests]
   if known:
     logging.warning(
-        "%d training rows of %s are prompts of the embedded test split, the first of them %r (%s): trained on them, "
-        "figures on that split say nothing.", len(known), files, known[0].prompt[:100], known[0].source)
+        "%d training rows of %s are prompts of the embedded test split, the first of them %r (%s): figures of a model "
+        "that is trained on them say nothing on that split.", len(known), files, known[0].prompt[:100], known[0].source)
   if "embedded" not in names:
     return by_split
   return {split: rows + by_split.get(split, []) for split, rows in embedded.items()}
@@ -184,20 +186,25 @@ def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
   return by_split[split]
 
 
-def check_labels(rows: Sequence[Row], where: str) -> None:
-  """Raises ValueError unless `rows` holds both labels, and each prompt one: no classifier learns from less, or more."""
+def require_two_classes(rows: Sequence[Row], where: str) -> None:
+  """Raises ValueError unless `rows` holds both labels: a classifier cannot be trained on one."""
   counts = [sum(row.label == label for row in rows) for label in range(len(LABELS))]
   if not all(counts):
     raise ValueError(
         f"{where} has {counts[0]} benign and {counts[1]} malicious rows; training needs both. Name a second file in "
         "data.source, separated by a comma, or check the label column.")
-  first: dict[str, Row] = {}
+
+
+def require_one_label(rows: Iterable[Row]) -> None:
+  """Raises ValueError for a prompt that is there under both labels, white space at the ends and case aside."""
+  first: dict[bytes, Row] = {}
   for row in rows:
-    other = first.setdefault(request_key(row.prompt), row)
+    key = hashlib.sha256(request_key(row.prompt).encode()).digest()  # It may be a whole document.
+    other = first.setdefault(key, row)
     if row.label != other.label:
       raise ValueError(
-          f"{where} has the prompt {row.prompt[:100]!r} as {LABELS[other.label]} ({other.source}) and as "
-          f"{LABELS[row.label]} ({row.source}); keep one of them.")
+          f"The prompt {row.prompt[:100]!r} is {LABELS[other.label]} in {other.source} and {LABELS[row.label]} in "
+          f"{row.source}; keep one of them.")
 
 
 def draw_evenly(rows: Sequence[Row], per_label: int, seed: int = 0, written: float = 0.0) -> list[Row]:
@@ -366,10 +373,14 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(
         f"{where}: no label. Fill a column label ({' or '.join(LABELS)}) in every row or, where all have the same, "
         "give a default_label and no column.")
-  target = fields.get("target") if fields.get("goal") else None  # A target beside something else may be any number.
+  target = fields.get("target") or "" if fields.get("goal") else ""  # Beside anything else it may be a number.
+  if not isinstance(target, str) or len(target) > MAX_TARGET:
+    raise ValueError(
+        f"{where}: target is {target!r:.60}; expected what an answer to the goal begins with, a text of {MAX_TARGET} "
+        "characters at most.")
+  check_unicode(target, f"{where}: target")
   return Row(
-      prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""),
-      target.strip() if isinstance(target, str) else "")
+      prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""), target.strip())
 
 
 def check_unicode(text: str, what: str) -> None:
