@@ -25,7 +25,14 @@ import safetensors
 import safetensors.numpy
 
 from saess_jax import checksums
-from saess_jax.config import LoraConfig, ModelConfig, SafetyConfig, from_config_dict, safety_as_dict
+from saess_jax.config import (
+  LoraConfig,
+  ModelConfig,
+  SafetyConfig,
+  from_config_dict,
+  precision_of,
+  safety_as_dict,
+)
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "int8": np.int8}
@@ -307,7 +314,7 @@ def merge_lora(params: Any, lora: Any) -> Any:
     if path[-1] == "a":
       a, b = pairs[path], pairs[path[:-1] + ("b",)]
       kernel = path[:-1] + ("kernel",)
-      product = lambda a, b: jnp.tensordot(a, b, 1)
+      product = lambda a, b: jnp.tensordot(a, b, 1, precision=precision_of(a.dtype))
       stacked = path[0] == "layers"
       flat[kernel] = flat[kernel] + (jax.vmap(product) if stacked else product)(a, b).astype(flat[kernel].dtype)
   return flax.traverse_util.unflatten_dict(flat)

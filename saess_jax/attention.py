@@ -112,12 +112,14 @@ def attend_rows(
   batch, rows, heads, dim = q.shape
   grouped = jnp.moveaxis(q.reshape(batch, rows, v.shape[1], -1, dim), 1, 3)  # [B, K, G, Q, H]
   # Products of matrices, rows first: of all ways to write them XLA:CPU runs these fastest.
+  precision = config_lib.precision_of(q.dtype)
   over = lambda x, matrix, **how: jnp.matmul(
-      x.reshape(*matrix.shape[:2], -1, x.shape[-1]), matrix, **how).reshape(*x.shape[:-1], -1)
+      x.reshape(*matrix.shape[:2], -1, x.shape[-1]), matrix, precision=precision, **how).reshape(*x.shape[:-1], -1)
   scores = over(grouped, k, preferred_element_type=jnp.float32)
   scores = jnp.where(visible[:, None, None], scores * dim**-0.5, jnp.finfo(jnp.float32).min)
   if own_k is not None:
-    own = jnp.einsum("BKGQH,BQKH->BKGQ", grouped, own_k, preferred_element_type=jnp.float32) * dim**-0.5
+    own = jnp.einsum(
+        "BKGQH,BQKH->BKGQ", grouped, own_k, precision=precision, preferred_element_type=jnp.float32) * dim**-0.5
     scores = jnp.concatenate([scores, own[..., None]], axis=-1)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
   out = over(weights[..., : v.shape[2]], v)

@@ -123,6 +123,16 @@ def together(what: str) -> Iterator[bool]:
           f"Process {process} of {len(said)} failed while {what}: {message}", kind=message.partition(":")[0])
 
 
+def agree(what: str, seen: str) -> None:
+  """Raises ValueError, on all processes, unless each has seen the same."""
+  said = [seen] if jax.process_count() == 1 else _exchange(seen)
+  if len(set(said)) > 1:
+    raise ValueError(
+        f"The processes see different {what}: " + "; ".join(
+            f"process {process} sees {other or 'none'}" for process, other in enumerate(said)) +
+        ". Wait until the file system shows all hosts the same, and give the command again.")
+
+
 def _exchange(message: str) -> list[str]:
   """The message of every process, cut to _MESSAGE_BYTES."""
   sent = np.zeros(_MESSAGE_BYTES, np.uint8)

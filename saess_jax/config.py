@@ -478,6 +478,13 @@ def check_overrides(overrides: Iterable[str]) -> None:
     raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}.")
 
 
+def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
+  """Of products of such operands. Float32 ones are multiplied as such: by default a TPU rounds them to bfloat16, and a
+  recent NVIDIA GPU to TF32, and verdicts near a threshold would differ from device to device.
+  """
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
 def dtype_of(name: str) -> jnp.dtype:
   """"bfloat16" -> its dtype. Raises ValueError for any but bfloat16 and float32."""
   if name not in ("bfloat16", "float32"):

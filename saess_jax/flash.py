@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from saess_jax import sharding
+from saess_jax.config import precision_of
 
 KERNELS = ("auto", "chunked", "cudnn", "splash")
 BLOCK = 512  # Rows and columns of scores that exist at one time (a head); a shorter sequence is one block.
@@ -158,12 +159,14 @@ def _scores(q, k, segments, i, j, block, window):
 def _matmul(x, matrix):
   """x [B, K, G, C, X] times matrix [B, K, X, Y]: the groups of a kv head are rows of one product."""
   flat = x.reshape(*matrix.shape[:2], -1, x.shape[-1])
-  return jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
+  return jnp.matmul(
+      flat, matrix, precision=precision_of(flat.dtype), preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
 
 
 def _columns(weights, x):
   """What rows x [B, K, G, C, H] give to the columns that `weights` [B, K, G, C, T] read: [B, K, T, H]."""
-  return jnp.einsum("BKGCT,BKGCH->BKTH", weights, x, preferred_element_type=jnp.float32)
+  return jnp.einsum(
+      "BKGCT,BKGCH->BKTH", weights, x, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _part(x, i, axis, block):

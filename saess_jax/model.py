@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saess_jax import attention, masks
-from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, dtype_of
+from saess_jax.config import CLS_HEAD_DEVIATION, ModelConfig, dtype_of, precision_of
 
 Params = dict[str, Any]
 REMAT_POLICIES = {
@@ -83,7 +83,8 @@ def _contract(x, kernel, axes, dtype):
 def _product(a, b, dtype, a_axes, b_axes):
   dtype = dtype_of(dtype)
   return jax.lax.dot_general(
-      a.astype(dtype), b.astype(dtype), ((tuple(a_axes), tuple(b_axes)), ((), ())), preferred_element_type=jnp.float32)
+      a.astype(dtype), b.astype(dtype), ((tuple(a_axes), tuple(b_axes)), ((), ())), precision=precision_of(dtype),
+      preferred_element_type=jnp.float32)
 
 
 def _contract_forward(x, kernel, axes, dtype):
@@ -354,7 +355,7 @@ class ClsHead(nn.Module):
         "kernel", nn.with_logical_partitioning(nn.initializers.normal(CLS_HEAD_DEVIATION), ("norm", None)),
         (hidden.shape[-1], 1), jnp.float32)
     bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,), jnp.float32)
-    return (hidden.astype(jnp.float32) @ kernel + bias)[..., 0]
+    return (jnp.matmul(hidden.astype(jnp.float32), kernel, precision=precision_of(kernel.dtype)) + bias)[..., 0]
 
 
 def _places_of_cls(tokens, kinds, segments, cls_visible) -> jax.Array:
@@ -384,7 +385,9 @@ def logits_of(hidden: jax.Array, head: jax.Array, vocab_size: int | None = None)
   Args:
     vocab_size: columns behind it are no tokens (`ModelConfig.vocab_padding`) and get no logit. None: all columns do.
   """
-  return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)[..., :vocab_size]
+  return jnp.matmul(
+      hidden, head.astype(hidden.dtype), precision=precision_of(hidden.dtype),
+      preferred_element_type=jnp.float32)[..., :vocab_size]
 
 
 def output_head(params: Params) -> jax.Array:

@@ -81,10 +81,16 @@ def load_base(
 
 def fingerprint_of_base(config: TrainConfig, base: Any) -> str:
   """`adapters.fingerprint` of the params that `load_base` gave, or "" of computed ones, which are not the same to the
-  bit on every device: random weights, and those of a run with LoRA.
+  bit on every device: random weights, those of a run with LoRA, and what a run with frozen layers took over of these.
   """
-  stored = config.weights and not (runs.is_run(config.weights) and runs.read_config(config.weights).lora.rank)
-  return adapters.fingerprint(base) if stored else ""
+  return "" if _is_computed(config.weights) else adapters.fingerprint(base)
+
+
+def _is_computed(path: str) -> bool:
+  if not runs.is_run(path):
+    return path == ""
+  config = runs.read_config(path)
+  return config.lora.rank > 0 or config.frozen_layers > 0 and _is_computed(config.weights)
 
 
 def shape_of(config: TrainConfig, stored: ModelConfig | None) -> ModelConfig:

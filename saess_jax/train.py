@@ -215,14 +215,20 @@ def _sample_rollouts(
     if first:
       if runs.is_run(config.weights) and before.is_file() and not path.exists():
         staging.write_text(path, before.read_text(encoding="utf-8"))
-      aligned = runs.is_run(config.weights) and runs.read_config(config.weights).stage == "sft"
-      if aligned and (missing := {row.prompt for row in rows} - rollouts.read(path).keys()):
+      if _is_aligned(config.weights) and (missing := {row.prompt for row in rows} - rollouts.read(path).keys()):
         raise ValueError(
             f"{path} lacks answers of the unaligned base to {len(missing)} prompts, and {config.weights} is aligned: "
             "its own would pass for harm. Give the data, seed and rollouts of that run, or copy a rollouts.jsonl there "
             "that answers them.")
       rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
+
+
+def _is_aligned(path: str) -> bool:
+  """Whether weights were fine-tuned to refuse, as far as can be told: a run's, or what was exported of one."""
+  if runs.is_run(path):
+    return runs.read_config(path).stage == "sft"
+  return path != "" and pretrained.settings_of(path).has_cls
 
 
 def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict[str, float]:
@@ -353,7 +359,11 @@ def config_of_training(config: TrainConfig, shape: model_lib.ModelConfig) -> mod
 def _resume(manager: checkpoint.Checkpoints, state: TrainState, loader: pipeline.Loader) -> TrainState:
   """The state of the newest checkpoint that is whole, laid out as `state`, with the loader at its batch; `state` itself
   where there is no checkpoint.
+
+  Raises:
+    ValueError: the processes do not see the same checkpoints.
   """
+  cluster.agree(f"checkpoints in {manager.folder}", ", ".join(map(str, manager.steps())))
   if not manager.steps():
     return state
   abstract = jax.tree.map(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saess_jax import batching, masks, subjects
-from saess_jax.config import EvalConfig
+from saess_jax.config import EvalConfig, precision_of
 from saess_jax.data import chat, sources
 from saess_jax.generate import Generator
 from saess_jax.masks import TokenKind
@@ -192,7 +192,7 @@ def _hidden(model: Llama, params: Params, batch: _Batch, sees_cls: bool) -> jax.
 
 def _log_probs(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:
   head = output_head(params)[:, : model.config.vocab_size].astype(jnp.float32)
-  return jax.nn.log_softmax(jnp.matmul(hidden, head, precision="highest"))
+  return jax.nn.log_softmax(jnp.matmul(hidden, head, precision=precision_of(head.dtype)))
 
 
 def _over_chunks(one, batch: _Batch) -> jax.Array:

@@ -251,6 +251,14 @@ def test_what_goes_wrong_on_one_process_ends_all():
     assert "PeerFailed: Process 1 of 3 failed while reading the data: FileNotFoundError: rows.csv" in text
 
 
+def test_processes_that_see_different_things_stop():
+  code = "cluster.agree('names', 'same')\ncluster.agree('steps in here', ('3, 6', '')[jax.process_index()])\n"
+  codes, output = script(code, by_hand(2, 47813))
+  assert codes == [1, 1]
+  for text in output:
+    assert "different steps in here: process 0 sees 3, 6; process 1 sees none. Wait until" in text.splitlines()[-1]
+
+
 def test_the_first_process_goes_first():
   code = (
       "import time\n"

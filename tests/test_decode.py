@@ -479,6 +479,28 @@ def test_a_step_without_a_due_verdict_is_the_same_alone_and_beside_rows_that_hav
   np.testing.assert_allclose(together.cls_prob[0], alone.cls_prob[0], atol=1e-5)
 
 
+def products(jaxpr):
+  """Every product of a program, those of its loops and calls too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield equation
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      if hasattr(inner, "eqns"):
+        yield from products(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_is_multiplied_as_such_on_every_device(tiny_params, dtype):
+  """By default a TPU would round the operands to bfloat16."""
+  how = decode.decode_config(Words(), buffer=32, max_new_tokens=8)
+  program = jax.make_jaxpr(functools.partial(decode.decode, model.Llama(TINY.replace(dtype=dtype))))(
+      tiny_params, decode.pad_prompts(ROWS), jax.random.key(0), how)
+  found = [(equation.invars[0].aval.dtype.name, str(equation.params["precision"])) for equation in products(program)]
+  assert len(found) > 20 and any(dtype in operand for operand, _ in found)
+  for operand, precision in found:
+    assert ("HIGHEST" in precision) == (operand == "float32"), (operand, precision)
+
+
 def refused_by_check(message, rows=ROWS, prefixes=None, shape=TINY, **changes):
   how = decode.decode_config(Words(), max_new_tokens=24, buffer=32)
   with pytest.raises(ValueError, match=message):

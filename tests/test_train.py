@@ -36,6 +36,7 @@ from saess_jax import (
   pretrained,
   runs,
   sharding,
+  snapshot,
   staging,
   subjects,
   train,
@@ -510,7 +511,7 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
     (lambda c: {"safety": SafetyConfig(schedule=np.ones(9, bool))}, "safety.schedule is an array; name one"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5)}, "histories is 0.5, but data.responses is 'all'"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5, responses="rollouts", max_length=999)},
-     "queries grow up to data.max_length 999, more than the longest"),
+     "grow sequences up to data.max_length 999, more than the longest"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5, responses="rollouts"), "objective": "sft",
                 "probes": ProbeConfig(per_sequence=0), "loss": LossConfig(cls_weight=0.0)},
      "for .CLS.. Set them to"),
@@ -571,8 +572,13 @@ def test_two_runs_do_not_share_a_workdir(data, tmp_path):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_an_aligned_run_answers_no_prompts_for_its_base(finished, data, tmp_path):
+@pytest.mark.parametrize("exported", [False, True])
+def test_an_aligned_run_answers_no_prompts_for_its_base(finished, data, tmp_path, exported):
   config, workdir, _ = finished
+  if exported:
+    llama, params, tokenizer, safety = pretrained.load_for_research(workdir)
+    workdir = tmp_path / "snapshot"
+    snapshot.write(workdir, llama.config, params, tokenizer, safety, "a run", {})
   more = tmp_path / "more.jsonl"
   more.write_text(json.dumps({"prompt": "a new request", "response": "", "label": "malicious"}))
   rollouts = RolloutConfig(tokens=6, batch_size=16)

@@ -114,7 +114,7 @@ def encode_spans(
   Returns:
     ids, and for each a bool: it holds a character of a span.
   """
-  words = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+  words = _control_words(tokenizer)
   if not any(word in text[start:stop] for start, stop in spans for word in words):
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoding.input_ids, _owners(encoding.offset_mapping, spans)
@@ -132,7 +132,10 @@ def encode_spans(
 
 def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
   """Token ids of text alone: nothing is added, and special tokens in it are plain text."""
-  return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+  words = _control_words(tokenizer)
+  if any(word in text for word in words):
+    return _renamed(tokenizer, words)[0].encode(text, add_special_tokens=False).ids
+  return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def encode_behind(tokenizer: transformers.PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
@@ -307,9 +310,19 @@ def _apply(tokenizer, messages: list[dict[str, str]], contents: list[str], form:
     raise ValueError(f"The chat template does not take these messages ({roles}): {error}") from error
 
 
+def _control_words(tokenizer) -> tuple[str, ...]:
+  """What a template may say and a user not: special tokens, and added ones in the template that are not marked so, as
+  "<｜User｜>" of DeepSeek's distilled models.
+  """
+  template = tokenizer.chat_template or ""
+  return tuple(
+      token.content for token in tokenizer.added_tokens_decoder.values()
+      if token.special or token.content.strip() and token.content in template)
+
+
 @functools.lru_cache(maxsize=2)
 def _renamed(tokenizer, words: tuple[str, ...]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-  """The tokenizer with its special tokens under names that nobody can type, and those names."""
+  """The tokenizer with these of its tokens under names that nobody can type, and those names."""
   mark = secrets.token_hex(16)
   names = {word: f"{mark}-{index};" for index, word in enumerate(words)}
   state = json.loads(tokenizer.backend_tokenizer.to_str())
