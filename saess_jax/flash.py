@@ -4,7 +4,7 @@ Three kernels of one meaning. Which one a model runs is `ModelConfig.attention`;
 
   chunked  plain JAX, any backend: online softmax over blocks, forward and backward (FlashAttention-2, Dao 2023)
   cudnn    NVIDIA GPUs, bfloat16, one example a row
-  splash   TPUs; on a mesh each device runs it on its own rows and heads
+  splash   TPUs, of itself for bfloat16 alone; on a mesh each device runs it on its own rows and heads
 
 Axes: B batch, S sequence, C one block of it, N query heads, K kv heads, G = N / K, H head dim.
 """
@@ -49,8 +49,9 @@ def causal_attention(
   if kernel not in KERNELS:
     raise ValueError(f"attention is {kernel!r}; expected one of {', '.join(KERNELS)}.")
   runs_on_cudnn = q.dtype == jnp.bfloat16 and segments is None
-  if kernel == "auto":
-    kernel = {"tpu": "splash", "gpu": "cudnn" if runs_on_cudnn else "chunked"}.get(platform(), "chunked")
+  if kernel == "auto":  # Splash does not say how its products are to round float32.
+    fast = {"tpu": q.dtype == jnp.bfloat16 and "splash", "gpu": runs_on_cudnn and "cudnn"}.get(platform())
+    kernel = fast or "chunked"
   if kernel == "cudnn":
     if not runs_on_cudnn:
       raise ValueError(

@@ -28,7 +28,7 @@ import tqdm
 
 from saess_jax import attacks, batching, metrics, pretrained, scores
 from saess_jax import suites as suites_lib
-from saess_jax.config import EvalConfig
+from saess_jax.config import EvalConfig, precision_of
 from saess_jax.data import chat, sources
 from saess_jax.masks import TokenKind
 from saess_jax.model import Block, Llama, Params
@@ -117,7 +117,7 @@ def fit(
 @functools.partial(jax.jit, static_argnames="steps")
 def _logistic_regression(x, y, penalty, steps=60):
   def loss(w):
-    losses = optax.sigmoid_binary_cross_entropy(x @ w[0] + w[1], y)
+    losses = optax.sigmoid_binary_cross_entropy(jnp.matmul(x, w[0], precision=precision_of(x.dtype)) + w[1], y)
     return jnp.mean(losses) + penalty * jnp.sum(w[0] ** 2) / 2
   solver = optax.lbfgs()
   value_and_grad = optax.value_and_grad_from_state(loss)

@@ -96,11 +96,11 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
           f"data.{name} is {getattr(config.data, name)}, but data.responses is {config.data.responses!r} and objective "
           f"{config.objective!r}: it is a share of the queries that are read alone, for [CLS]. Set them to 'rollouts' "
           "and 'saess', or the first to 0.")
-  grows = config.rollouts.enabled or config.data.histories or config.data.disguises or config.data.frames
-  if grows and max(config.data.buckets, default=0) < config.data.max_length:  # What has no rollout yet may still fit.
+  # What has no rollout yet would still fit.
+  if config.rollouts.enabled and max(config.data.buckets, default=0) < config.data.max_length:
     raise ValueError(
-        f"Rollouts, histories, disguises and frames grow sequences up to data.max_length {config.data.max_length}, "
-        f"more than the longest of data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
+        f"With rollouts sequences grow up to data.max_length {config.data.max_length}, more than the longest of "
+        f"data.buckets {config.data.buckets}; add a bucket or lower data.max_length.")
 
 
 def check_context(config: TrainConfig, shape: ModelConfig) -> None:

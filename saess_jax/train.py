@@ -217,15 +217,15 @@ def _sample_rollouts(
         staging.write_text(path, before.read_text(encoding="utf-8"))
       if _is_aligned(config.weights) and (missing := {row.prompt for row in rows} - rollouts.read(path).keys()):
         raise ValueError(
-            f"{path} lacks answers of the unaligned base to {len(missing)} prompts, and {config.weights} is aligned: "
-            "its own would pass for harm. Give the data, seed and rollouts of that run, or copy a rollouts.jsonl there "
-            "that answers them.")
+            f"{path} lacks answers of the unaligned base to {len(missing)} prompts, and {config.weights} is aligned, "
+            "or may be: its own would pass for harm. Give the data, seed and rollouts of that run, or copy a "
+            "rollouts.jsonl there that answers them.")
       rollouts.complete(path, [row.prompt for row in rows], sample)
   return rollouts.read(path)
 
 
 def _is_aligned(path: str) -> bool:
-  """Whether weights were fine-tuned to refuse, as far as can be told: a run's, or what was exported of one."""
+  """Whether weights were fine-tuned to refuse, as far as can be told: a run's, or what was exported with its [CLS]."""
   if runs.is_run(path):
     return runs.read_config(path).stage == "sft"
   return path != "" and pretrained.settings_of(path).has_cls

@@ -367,7 +367,7 @@ def test_processes_with_different_configs_or_folders_stop_before_work(data, tmp_
     runs = [launch(config_of(data, seed=seed), tmp_path / workdir, 1, [env])[0]
             for (workdir, seed), env in zip(workdirs, by_hand(2, 47813))]
     codes, output = zip(*(finish([run], tmp_path / workdir) for run, (workdir, _) in zip(runs, workdirs)))
-    assert codes == ([1], [1])
+    assert codes == ([1], [2])  # A line for the user there, a traceback here.
     assert "PeerFailed: Process 1 of 2 failed while claiming the workdir: ValueError" in output[0][0]
     return output[1][0]
 

@@ -106,6 +106,17 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
   assert middle < 4.2 * short and long < 4.2 * middle
 
 
+@pytest.mark.parametrize("where, dtype, expected", [
+    ("tpu", "bfloat16", "splash"), ("tpu", "float32", "chunked"), ("gpu", "float32", "chunked"),
+    ("cpu", "bfloat16", "chunked")])
+def test_which_kernel_runs_of_itself(monkeypatch, where, dtype, expected):
+  monkeypatch.setattr(flash, "platform", lambda: where)
+  for name in ("splash", "chunked"):
+    monkeypatch.setattr(flash, f"_{name}", lambda *given, name=name: name)
+  x = jnp.zeros((1, 4, 2, 8), dtype)
+  assert flash.causal_attention(x, x, x) == expected
+
+
 @pytest.mark.parametrize("how, message", [
     ({"kernel": "flashy"}, "attention is 'flashy'; expected one of auto, chunked, cudnn, splash"),
     ({"kernel": "cudnn"}, "'cudnn' for float32 activations without segments"),

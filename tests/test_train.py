@@ -511,7 +511,7 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
     (lambda c: {"safety": SafetyConfig(schedule=np.ones(9, bool))}, "safety.schedule is an array; name one"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5)}, "histories is 0.5, but data.responses is 'all'"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5, responses="rollouts", max_length=999)},
-     "grow sequences up to data.max_length 999, more than the longest"),
+     "With rollouts sequences grow up to data.max_length 999, more than the longest"),
     (lambda c: {"data": dataclasses.replace(c.data, histories=0.5, responses="rollouts"), "objective": "sft",
                 "probes": ProbeConfig(per_sequence=0), "loss": LossConfig(cls_weight=0.0)},
      "for .CLS.. Set them to"),

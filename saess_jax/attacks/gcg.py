@@ -35,7 +35,7 @@ from saess_jax.attacks import objective
 from saess_jax.attacks.base import Attack, Attempt, Target, Weights
 from saess_jax.attacks.filler import draw
 from saess_jax.attacks.objective import Rows, Scores
-from saess_jax.config import SafetyConfig
+from saess_jax.config import SafetyConfig, precision_of
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params
@@ -202,7 +202,8 @@ def one_hot_gradient(
     return scores.loss[0], scores
 
   gradient, scores = jax.grad(loss, has_aux=True)(jnp.take(table, ids, axis=0).astype(jnp.float32))
-  return scores, gradient @ table[: model.config.vocab_size].astype(jnp.float32).T
+  words = table[: model.config.vocab_size].astype(jnp.float32)
+  return scores, jnp.matmul(gradient, words.T, precision=precision_of(words.dtype))
 
 
 def top_tokens(

@@ -132,10 +132,7 @@ def encode_spans(
 
 def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
   """Token ids of text alone: nothing is added, and special tokens in it are plain text."""
-  words = _control_words(tokenizer)
-  if any(word in text for word in words):
-    return _renamed(tokenizer, words)[0].encode(text, add_special_tokens=False).ids
-  return list(tokenizer(text, add_special_tokens=False).input_ids)
+  return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 def encode_behind(tokenizer: transformers.PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
@@ -311,13 +308,13 @@ def _apply(tokenizer, messages: list[dict[str, str]], contents: list[str], form:
 
 
 def _control_words(tokenizer) -> tuple[str, ...]:
-  """What a template may say and a user not: special tokens, and added ones in the template that are not marked so, as
-  "<｜User｜>" of DeepSeek's distilled models.
+  """What a template may say and a user not: special tokens, and added ones that stand in the template's source and are
+  not marked so, as "<｜User｜>" of DeepSeek's distilled models. A plain word or white space is none.
   """
   template = tokenizer.chat_template or ""
   return tuple(
       token.content for token in tokenizer.added_tokens_decoder.values()
-      if token.special or token.content.strip() and token.content in template)
+      if token.special or token.content in template and re.search(r"[^\w\s]", token.content))
 
 
 @functools.lru_cache(maxsize=2)
