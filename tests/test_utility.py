@@ -14,7 +14,8 @@ import pytest
 from make_golden import BASE, hf_state, write_folder, write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf, utility, weights
+from saess_jax import adapters, hf, utility, weights
+from saess_jax.config import SafetyConfig
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama
 
@@ -128,14 +129,20 @@ def test_bad_input(models, rows):
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
   folder = str(write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=256))
+  path = tmp_path / "a.safetensors"
+  base = hf.load_pretrained(folder)
+  adapters.save(path, adapters.Adapter(
+      lora={}, cls={name: base.params[name] for name in adapters.CLS_PARAMS}, safety=SafetyConfig(), base=folder,
+      sizes=adapters.sizes_of(base.config), fingerprint=adapters.fingerprint(base.params),
+      layout={"header_sees_cls": True, "system_prompt": "", "chat_template": ""}))
   data = tmp_path / "benign.jsonl"
   data.write_text("".join(
       json.dumps({"prompt": p, "response": r[:60]}) + "\n" for p, r in zip(PROMPTS, RESPONSES)))
-  ask = ["--checkpoint", folder, "--data", str(data), "--new-tokens", "4"]
+  ask = ["--checkpoint", str(path), "--data", str(data), "--new-tokens", "4"]
   utility.main([*ask, "--rows", "2"])
   said = json.loads(capsys.readouterr().out)
   own = said["perplexity"]
-  assert said["rows"] == 2 and own["base"] == own["without [CLS]"]  # Weights that were trained from no others.
+  assert said["rows"] == 2 and own["base"] == own["without [CLS]"]  # It has no pairs, [CLS] alone.
   assert own["with [CLS]"]["value"] != own["base"]["value"] and own["with [CLS]"]["tokens"] == own["base"]["tokens"]
   assert said["kl"]["value"] > 0 and said["kl"]["tokens"] == own["base"]["tokens"]
   for figures in (said["speed"]["tokens_per_second"], said["speed"]["first_token_seconds"]):
