@@ -48,10 +48,11 @@ def causal_attention(
   """
   if kernel not in KERNELS:
     raise ValueError(f"attention is {kernel!r}; expected one of {', '.join(KERNELS)}.")
-  runs_on_cudnn = q.dtype == jnp.bfloat16 and segments is None
-  if kernel == "auto":  # Splash does not say how its products are to round float32.
-    fast = {"tpu": q.dtype == jnp.bfloat16 and "splash", "gpu": runs_on_cudnn and "cudnn"}.get(platform())
-    kernel = fast or "chunked"
+  narrow = q.dtype == jnp.bfloat16  # Splash does not say how its products are to round float32.
+  runs_on_cudnn = narrow and segments is None
+  if kernel == "auto":
+    fastest = {"tpu": "splash" if narrow else "chunked", "gpu": "cudnn" if runs_on_cudnn else "chunked"}
+    kernel = fastest.get(platform(), "chunked")
   if kernel == "cudnn":
     if not runs_on_cudnn:
       raise ValueError(

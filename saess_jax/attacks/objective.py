@@ -69,10 +69,9 @@ class Scores:
 
 def target_of(behavior: str, named: Mapping[str, str] = types.MappingProxyType({})) -> str:
   """The affirmative beginning that an attack wants to hear: `named` for the behavior, or chosen by its first word."""
-  if named.get(behavior):
-    return named[behavior]
   first = behavior.split(maxsplit=1)[0].strip(",.:;!?\"'").lower() if behavior.strip() else ""
-  return next((target for words, target in _TARGETS if first in words), _OTHER_TARGET)
+  by_form = next((target for words, target in _TARGETS if first in words), _OTHER_TARGET)
+  return named.get(behavior) or by_form
 
 
 def best_of(scores: Scores) -> Scores:
