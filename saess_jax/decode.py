@@ -25,6 +25,7 @@ from saess_jax import schedule as schedule_lib
 from saess_jax.attention import Step
 from saess_jax.batching import round_up
 from saess_jax.config import ModelConfig, SafetyConfig, dtype_of
+from saess_jax.data import chat
 from saess_jax.masks import TokenKind
 from saess_jax.model import Llama, Params, init_cache, logits_of, output_head
 from saess_jax.sampling import SamplingConfig
@@ -189,12 +190,12 @@ def decode_config(
   They are gone from its `safety` then, so that other words compile nothing new.
 
   Args:
-    tokenizer: a Hugging Face tokenizer; its end-of-sequence token stops a response.
+    tokenizer: a Hugging Face tokenizer; its end-of-sequence token and `chat.end_of_turn` stop a response.
     safety: None for a plain language model.
     buffer: response slots, by default `buffer_for` max_new_tokens.
 
   Raises:
-    ValueError: max_new_tokens is not positive or exceeds the buffer, or an empty refusal.
+    ValueError: max_new_tokens is not positive or exceeds the buffer, an empty refusal, or a tokenizer without an end.
   """
   buffer = buffer_for(max_new_tokens, safety) if buffer is None else buffer
   if not 0 < max_new_tokens <= buffer:
@@ -207,12 +208,13 @@ def decode_config(
         for words in (safety.refusal_break, text))
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
+  stops = sorted({chat.end_of_turn(tokenizer), tokenizer.eos_token_id} - {None})
   schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer))
   if safety is not None:
     safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
-      stop_ids=np.asarray([tokenizer.eos_token_id], np.int32), refusal=np.asarray(gap + refusal, np.int32),
+      stop_ids=np.asarray(stops, np.int32), refusal=np.asarray(gap + refusal, np.int32),
       refusal_break=len(gap), schedule=schedule, buffer=buffer)
 
 

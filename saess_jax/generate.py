@@ -275,7 +275,7 @@ class Generator:
         phase=[Phase(p).name.lower() for p in result.phase[row, :steps]],
         initial_prob=float(result.initial_prob[row]), intervened_at=int(result.intervened_at[row]),
         leaked=int(result.leaked[row]), evaluations=int(result.evaluations[row]), prefix_tokens=len(prefix),
-        ids=tokens.tolist() + [self.tokenizer.eos_token_id] * ended)
+        ids=tokens.tolist() + [chat.end_of_turn(self.tokenizer)] * ended)
 
 
 def main(argv: list[str] | None = None) -> None:

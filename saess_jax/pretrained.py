@@ -79,6 +79,19 @@ def load_base(
   return shape, loaded.params, loaded.tokenizer
 
 
+def load_start(
+    workdir: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, Any, Any]:
+  """What the run in `workdir` began from, as `load_base` gives it.
+
+  Raises:
+    ValueError: as there; the weights are others by now than those that the run began from.
+  """
+  config = runs.read_config(workdir)
+  shape, base, tokenizer = load_base(config, dtype, mesh)
+  runs.check_base(workdir, config.weights, fingerprint_of_base(config, base))
+  return shape, base, tokenizer
+
+
 def fingerprint_of_base(config: TrainConfig, base: Any) -> str:
   """`adapters.fingerprint` of the params that `load_base` gave, or "" of computed ones, which are not the same to the
   bit on every device: random weights, those of a run with LoRA, and what a run with frozen layers took over of these.
@@ -240,9 +253,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   step = checkpoints.best_step() if step is None else step
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
-  shape, base, _ = load_base(config, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
-  fingerprint = fingerprint_of_base(config, base)
-  runs.check_base(workdir, config.weights, fingerprint)
+  shape, base, _ = load_start(workdir, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
   if rank:
     learned = _read_run(workdir, lambda _: step, None).params
     lora = adapters.factorize(base, learned, rank)
@@ -253,7 +264,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   return adapters.Adapter(
       lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
       safety=config.safety, base=config.weights,
-      sizes=adapters.sizes_of(shape), fingerprint=fingerprint,
+      sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
       layout=settings_of(workdir).layout | {"chat_template": config.data.chat_template})
 
 
@@ -269,8 +280,7 @@ def _read_run(
   if step not in steps:
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
   if config.lora.rank or config.frozen_layers:
-    shape, base, tokenizer = load_base(config, mesh=mesh)
-    runs.check_base(path, config.weights, fingerprint_of_base(config, base))
+    shape, base, tokenizer = load_start(path, mesh=mesh)
   else:  # All that there is was trained, and the start need not be read for it.
     (shape, tokenizer), base = start_of(config), {}
 

@@ -58,9 +58,8 @@ def load_models(config: EvalConfig) -> Models:
     raise ValueError(
         f"{path} has no trained [CLS], and its verdicts would mean nothing; expected --config.models=\"{plain}\", its "
         "weights decoded plainly.")
-  identity, trained, step = path, None, None
+  identity, step = path, None
   if runs.is_run(path):
-    trained = runs.read_config(path)
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
     checkpoints.close()
@@ -84,9 +83,8 @@ def load_models(config: EvalConfig) -> Models:
   def weights(name: str) -> attacks.Weights:
     if name != "base":
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
-    if trained is not None:
-      shape, params, tokenizer = pretrained.load_base(trained)
-      runs.check_base(path, trained.weights, pretrained.fingerprint_of_base(trained, params))
+    if runs.is_run(path):
+      shape, params, tokenizer = pretrained.load_start(path)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)

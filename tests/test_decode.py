@@ -31,7 +31,7 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=40, top_p=0.9)
 class Words:
   """As much of a tokenizer as decode_config asks for."""
 
-  eos_token_id = 7
+  eos_token_id, chat_template = 7, None
 
   def __call__(self, text, **_):
     return {"input_ids": BREAK if text == "\n\n" else REFUSAL if text else []}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_gguf_tokenizers import spm_ids, spm_tokenizers
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import hf, pretrained
+from saess_jax import decode, hf, pretrained
 from saess_jax.config import DataConfig, TrainConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -227,6 +227,29 @@ def test_templates_that_change_with_contents(template, message):
 def test_what_our_templates_say(family, expected):
   messages = [{"role": "user", "content": "hi"}]
   assert TOKENIZERS[family].apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_ends_a_response(family):
+  words = tokenizer_of(family)
+  others = {"gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "phi3": "<|end|>"}
+  end = words.convert_tokens_to_ids((dict.fromkeys(("chatml", "qwen2"), "<|im_end|>") | others).get(family, "</s>"))
+  assert chat.end_of_turn(words) == end
+  assert chat.encode_response(words, "Hi", 10)[-1] == end
+  assert decode.decode_config(words).stop_ids.tolist() == sorted({end, words.eos_token_id})
+
+
+def test_a_response_without_an_end():
+  words = tokenizer_of("vicuna")
+  words.eos_token = None
+  with pytest.raises(ValueError, match="no end-of-sequence token.*Set tokenizer.eos_token"):
+    decode.decode_config(words)
+  chat.use_template(words, "llama3")
+  words.bos_token = "<s>"
+  assert decode.decode_config(words).stop_ids.tolist() == [words.convert_tokens_to_ids("<|eot_id|>")]
+  words.chat_template = "{{ messages[0]['content'] }}{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}"
+  words.eos_token = "</s>"
+  assert chat.end_of_turn(words) == words.eos_token_id
 
 
 def test_system_text_of_our_templates():

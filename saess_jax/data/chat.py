@@ -142,18 +142,50 @@ def encode_behind(tokenizer: transformers.PreTrainedTokenizerBase, before: str, 
   return whole[len(head):] if whole[: len(head)] == head else encode_text(tokenizer, text)
 
 
+def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+  """The token that ends a response: the control word that the chat template puts behind an assistant's content.
+
+  Where it puts none there it is the tokenizer's end of sequence. They differ where that is still the one of documents:
+  "<|end_of_text|>" beside "<|eot_id|>" in GGUF files of Llama 3, "<|endoftext|>" beside "<|im_end|>" in Qwen2's bases.
+
+  Raises:
+    ValueError: there is neither.
+  """
+  return _end_of_turn(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_turn(tokenizer, template: str | None) -> int:
+  mark = secrets.token_hex(16)
+  try:
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], chat_template=template,
+        tokenize=False) if template else ""
+  except (jinja2.TemplateError, TypeError):  # No template for a turn of an assistant.
+    rendered = ""
+  behind = rendered.rpartition(mark)[2].lstrip() if mark in rendered else ""
+  ends = [word for word in _control_words(tokenizer) if behind.startswith(word)]
+  if ends:
+    return tokenizer.convert_tokens_to_ids(max(ends, key=len))
+  if tokenizer.eos_token_id is None:
+    raise ValueError(
+        f"{type(tokenizer).__name__} has no end-of-sequence token, and its chat template puts none behind an answer: "
+        "no response would end. Set tokenizer.eos_token.")
+  return tokenizer.eos_token_id
+
+
 def encode_response(
     tokenizer: transformers.PreTrainedTokenizerBase, response: str | Sequence[int], max_tokens: int
 ) -> np.ndarray:
-  """Response tokens int32: a str with the end-of-turn token behind it, sampled ids as they are.
+  """Response tokens int32: a str with `end_of_turn` behind it, sampled ids as they are.
 
   At most `max_tokens` before the end-of-turn token; what is longer is cut and then has none. "" is no tokens at all.
   """
   tokens = list(response)
   if isinstance(response, str):
     tokens = encode_text(tokenizer, response)
-    tokens += [tokenizer.eos_token_id] if tokens else []
-  ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+    tokens += [end_of_turn(tokenizer)] if tokens else []
+  ended = bool(tokens) and tokens[-1] == end_of_turn(tokenizer)
   return np.asarray(tokens if len(tokens) <= max_tokens + ended else tokens[:max_tokens], np.int32)
 
 

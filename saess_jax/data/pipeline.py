@@ -90,7 +90,7 @@ def build_examples(
   def example(row, response, trajectory, loss_from, prompt=None):
     tokens, kinds = encode(prompt or row.prompt, response)
     answer = tokens[kinds == TokenKind.RESPONSE]
-    ended = len(answer) > 0 and answer[-1] == tokenizer.eos_token_id
+    ended = len(answer) > 0 and answer[-1] == chat.end_of_turn(tokenizer)
     return Example(tokens, kinds, row.label, trajectory, loss_from, len(answer) - int(ended))
 
   def usable(row):
