@@ -135,6 +135,9 @@ class SafetyConfig:
       raise ValueError(f"dependency is {self.dependency!r}; expected one of {', '.join(DEPENDENCIES)}.")
     if isinstance(self.schedule, str):
       schedule_lib.as_array(self.schedule, 1)  # Raises for a name that is none.
+    elif isinstance(self.schedule, (list, tuple)):
+      raise ValueError(
+          f"schedule is a {type(self.schedule).__name__}; expected a name, or a bool array of NumPy or JAX.")
     check_ranges(self, {
         "r1": (0, math.inf), "r2": (0, math.inf), "r3": (0, math.inf), "tau": (1, math.inf), "threshold": (0, 1)})
 

@@ -158,7 +158,12 @@ def pad_prompts(
     raise ValueError(
         f"The longest prompt has {longest} tokens and the longest prefix {longest_prefix}; they must fit into "
         f"{length} and {prefix_length}. Shorten them or raise the sizes.")
-  for i, (_, kinds) in enumerate(rows):
+  for i, (tokens, kinds) in enumerate(rows):
+    if len(tokens) != len(kinds):
+      raise ValueError(f"Prompt {i} has {len(tokens)} tokens and {len(kinds)} kinds; expected as many, [CLS] in both.")
+    is_pad = np.asarray(kinds) == TokenKind.PAD
+    if np.any(is_pad[:-1] & ~is_pad[1:]):
+      raise ValueError(f"Prompt {i} has PAD before other tokens; expected none: rows are padded here, at the right.")
     if np.any(np.asarray(kinds) == TokenKind.RESPONSE):
       raise ValueError(
           f"Prompt {i} holds RESPONSE tokens; give the tokens that its response begins with as `prefixes`.")
@@ -178,7 +183,13 @@ def pad_prompts(
 
 def buffer_for(tokens: int, safety: SafetyConfig | None) -> int:
   """Response slots for so many tokens, and for what rollback may cut."""
-  return round_up(tokens + (0 if safety is None else int(safety.tau)), MULTIPLE)
+  return round_up(tokens + _cut_at_most(safety), MULTIPLE)
+
+
+def _cut_at_most(safety: SafetyConfig | None) -> int:
+  """Tokens that rollback takes back, those of an alarm that is confirmed at once."""
+  cuts = safety is not None and bool(safety.rollback) and safety.dependency != "low"
+  return int(policy.patience(safety)) if cuts else 0
 
 
 def decode_config(
@@ -209,13 +220,15 @@ def decode_config(
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
   stops = sorted({chat.end_of_turn(tokenizer), tokenizer.eos_token_id} - {None})
-  schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, buffer))
+  named = safety is None or isinstance(safety.schedule, str)
+  steps = buffer if named else max(max_new_tokens, min(len(safety.schedule), buffer))
+  schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, steps))
   if safety is not None:
     safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
       stop_ids=np.asarray(stops, np.int32), refusal=np.asarray(gap + refusal, np.int32),
-      refusal_break=len(gap), schedule=schedule, buffer=buffer)
+      refusal_break=len(gap), schedule=np.pad(schedule, (0, buffer - steps)), buffer=buffer)
 
 
 def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
@@ -236,9 +249,7 @@ def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
       raise ValueError(
           f"Token id {wrong[0]} in {name} is outside the vocabulary of {shape.vocab_size}; is this the model's "
           "own tokenizer?")
-  cut = 0
-  if config.safety is not None and config.safety.rollback and config.safety.dependency != "low":
-    cut = int(policy.patience(config.safety))
+  cut = _cut_at_most(config.safety)
   for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
     needed = int(prefix) + int(config.max_new_tokens) + cut
     if not np.any(kinds[row] == TokenKind.QUERY):
@@ -276,15 +287,10 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`.
 
   Raises:
-    ValueError: prompt and buffer exceed the model's sliding window, or keys of `jax.random.PRNGKey`.
+    ValueError: the prompt's slots exceed the model's sliding window, or keys of `jax.random.PRNGKey`.
   """
   prompt, config = _as_read(prompt, config)
   batch, length = prompt.tokens.shape
-  window = model.config.sliding_window
-  if window is not None and length + config.buffer > window:
-    raise ValueError(
-        f"A prompt of {length} slots with a buffer of {config.buffer} exceeds the sliding window of {window}, in which "
-        "[CLS] would be lost; shorten them, or set sliding_window to None.")
   cache = init_cache(model.config, batch, length + config.buffer)
   stage = "pretrain" if config.safety is None else "sft"
   out = model.apply({"params": params}, prompt.tokens, kinds=prompt.kinds, cache=cache, stage=stage)

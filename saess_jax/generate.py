@@ -104,7 +104,12 @@ class Generator:
     """`safety=None` asks the plain language model. `params` in the form (stacked or not) of `model`.
 
     `header_sees_cls` as in training: it says where [CLS] is stored.
+
+    Raises:
+      ValueError: `max_new_tokens` is not positive.
     """
+    if max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
     self.tokenizer, self._model = tokenizer, model
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed

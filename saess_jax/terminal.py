@@ -39,19 +39,24 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
   Returns:
     The whole response.
   """
-  said, begun, intervened = "", False, False
+  said, count, begun, intervened = "", 0, False, False
   for chunk in chunks:
     if not begun and not math.isnan(chunk.initial_prob):
       stream.write(f"[query: P(malicious) {chunk.initial_prob:.2f}]\n")
     begun = True
+    pieces = [printable(token) for token in chunk.tokens]
+    if colours:
+      pieces = list(map(colour, pieces, chunk.cls_prob))
     if chunk.intervened_at >= 0 and not intervened:
-      where = "by the query" if chunk.intervened_at == 0 else f"after token {chunk.intervened_at}"
-      stream.write(f"[intervention {where}]\n" if chunk.intervened_at == 0 else f" [intervention {where}] ")
+      mark, at = "[intervention by the query]\n", 0
+      if chunk.intervened_at > 0:  # Where rollback cut the token of that number, the refusal's first comes before it.
+        mark, verdict = f" [intervention after token {chunk.intervened_at}] ", chunk.intervened_at - count
+        at = min([verdict, *(i for i, phase in enumerate(chunk.phase[: max(verdict - 1, 0)]) if phase == "confirmed")])
+      pieces.insert(at, mark)
       intervened = True
-    stream.write(
-        "".join(map(colour, map(printable, chunk.tokens), chunk.cls_prob)) if colours else printable(chunk.text))
+    stream.write("".join(pieces))
     stream.flush()
-    said += chunk.text
+    said, count = said + chunk.text, count + len(chunk.tokens)
   stream.write("\n")
   return said
 

@@ -533,8 +533,10 @@ def test_what_only_values_tell_is_checked_before_decoding():
     (lambda: SamplingConfig(temperature=-0.1), "temperature is -0.1; expected 0 or more"),
     (lambda: SamplingConfig(top_p=1.5), "top_p is 1.5; expected 0 to 1"),
     (lambda: SamplingConfig(repetition_penalty=0.0), "repetition_penalty is 0"),
-    (lambda: decode.decode_config(Words(), SafetyConfig(schedule=np.ones(31, bool)), buffer=32, max_new_tokens=8),
-     "31 entries; expected one for each of 32"),
+    (lambda: decode.decode_config(Words(), SafetyConfig(schedule=np.ones(7, bool)), buffer=32, max_new_tokens=8),
+     "7 entries; expected one for each of 8"),
+    (lambda: decode.pad_prompts([(np.ones(4), np.asarray([3, 1, 4]))]), "0 has 4 tokens and 3 kinds"),
+    (lambda: decode.pad_prompts([(np.ones(4), np.asarray([0, 3, 1, 4]))]), "0 has PAD before other tokens"),
     (lambda: decode.pad_prompts([]), "No prompts"),
     (lambda: decode.pad_prompts(ROWS, [[1]]), "1 response prefixes were given for 3 prompts"),
     (lambda: decode.pad_prompts(ROWS, length=8), "longest prompt has 9 tokens"),
@@ -551,10 +553,28 @@ def test_bad_input(call, message):
     call()
 
 
-def test_nothing_is_decoded_beyond_a_sliding_window():
-  llama = model.Llama(config.model_config("tiny", sliding_window=40, scan_layers=False))
-  params = jax.eval_shape(llama.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-  how = decode.decode_config(Words(), max_new_tokens=8, buffer=32)
-  with pytest.raises(ValueError, match="A prompt of 9 slots with a buffer of 32 exceeds the sliding window of 40"):
-    jax.eval_shape(
-        functools.partial(decode.decode, llama), params, decode.pad_prompts(ROWS, length=9), jax.random.key(0), how)
+def test_what_fits_a_sliding_window_is_decoded_whatever_its_padding(tiny_params):
+  how, prompt = decode.decode_config(Words(), max_new_tokens=24, buffer=48), decode.pad_prompts(ROWS)
+  windowed = TINY.replace(sliding_window=32)  # 32 slots of a prompt, 8 of which are tokens, and 48 of a response.
+  decode.check(windowed, prompt, how)
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      *(jitted(shape)(tiny_params, prompt, jax.random.key(5), how) for shape in (TINY, windowed)))
+  with pytest.raises(ValueError, match="33 in all, but the model's context is 32"):
+    decode.check(windowed, prompt, how.replace(max_new_tokens=25))
+  with pytest.raises(ValueError, match="32 stored tokens exceed the sliding window of 31"):
+    jitted(TINY.replace(sliding_window=31))(tiny_params, prompt, jax.random.key(5), how)
+
+
+def test_room_is_kept_for_what_rollback_may_cut():
+  assert decode.buffer_for(64, None) == decode.buffer_for(64, SafetyConfig(tau=10**6)) == 64
+  assert decode.buffer_for(64, SafetyConfig(tau=3, rollback=True)) == 96
+  assert decode.buffer_for(64, SafetyConfig(tau=3, rollback=True, dependency="low")) == 64
+
+
+def test_a_schedule_of_one_s_own_is_of_new_tokens():
+  own = np.arange(8) % 2 == 0
+  how = decode.decode_config(Words(), SafetyConfig(schedule=own), max_new_tokens=8, buffer=32)
+  np.testing.assert_array_equal(how.schedule, np.pad(own, (0, 24)))
+  with pytest.raises(ValueError, match="schedule is a list; expected a name, or a bool array"):
+    SafetyConfig(schedule=[True])

@@ -79,6 +79,16 @@ def test_refusal_where_the_decoder_asks_for_it():
   assert tiny_tokenizer().decode(response(lower)[lower.loss_from:]) == " killing is wrong.<|im_end|>"
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_response_ends_as_the_chat_template_ends_one(depth):
+  tokenizer = tiny_tokenizer()
+  tokenizer.eos_token = "<|endoftext|>"
+  config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, refusal_depth=depth, max_length=160))
+  for example in pipeline.build_examples(tokenizer, [BAD, GOOD], None, config):
+    assert tokenizer.decode(response(example)[-1]) == "<|im_end|>"
+    assert example.response_length == len(response(example)) - 1
+
+
 def test_half_of_all_responses_stand_behind_an_attackers_opener():
   config = dataclasses.replace(
       CONFIG, data=dataclasses.replace(CONFIG.data, refusal_depth=2, opener_depth=5, max_length=160))

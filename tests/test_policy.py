@@ -156,6 +156,11 @@ def test_schedules():
   assert then.tolist() == [17, 21, 29, 45, 77, 141]  # Gaps 4, 8, 16, ... after the first of 2; none from 256 on.
 
 
+def test_an_empty_response_is_replayed():
+  out = policy.replay(np.asarray([0.1, 0.9]), np.zeros((2, 0)), SafetyConfig())
+  assert out.phase.shape == (2, 0) and out.intervened_at.tolist() == [-1, 0]
+
+
 @pytest.mark.parametrize("bad, message", [
     ("sometimes", "expected one of each, first"), ("periodic(0)", "expected one of"), (np.arange(3), "expected bool"),
     (np.ones(3, bool), "3 entries; expected one for each of 4")])

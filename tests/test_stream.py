@@ -100,9 +100,9 @@ def test_pieces_are_a_whole(tiny_params):
       np.testing.assert_array_equal, decode.finish(state), decode.decode(llama, tiny_params, prompt, key, how))
 
 
-def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25):
+def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25, phase="benign"):
   count = len(tokens)
-  return generate.Chunk(text, [1] * count, tokens, probabilities, ["benign"] * count, initial, intervened_at)
+  return generate.Chunk(text, [1] * count, tokens, probabilities, [phase] * count, initial, intervened_at)
 
 
 def test_terminal_text():
@@ -111,7 +111,12 @@ def test_terminal_text():
       [piece("The ", ["The", " "], [0.0, 1.0]), piece("wa", ["wa"], [0.9], 3), piece("y", ["y"], [float("nan")], 3)],
       out, colours=False)
   assert said == "The way"
-  assert out.getvalue() == "[query: P(malicious) 0.25]\nThe  [intervention after token 3] way\n"
+  assert out.getvalue() == "[query: P(malicious) 0.25]\nThe wa [intervention after token 3] y\n"
+  out = io.StringIO()  # The second token brought the verdict; where rollback cut it, the refusal stands in its place.
+  terminal.show([piece("abc", ["a", "b", "c"], [0.0] * 3, 2)], out, colours=False)
+  terminal.show([piece("Sorry", ["So", "rry"], [0.0] * 2, 3, phase="confirmed")], out, colours=False)
+  assert out.getvalue().split("\n")[1::2] == [
+      "ab [intervention after token 2] c", " [intervention after token 3] Sorry"]
   out = io.StringIO()
   terminal.show([piece("ab", ["a", "b"], [0.0, 1.0], 0)], out, colours=True)
   assert out.getvalue() == (

@@ -239,6 +239,16 @@ def test_what_ends_a_response(family):
   assert decode.decode_config(words).stop_ids.tolist() == sorted({end, words.eos_token_id})
 
 
+def test_control_words_are_plain_text_in_a_response_too():
+  words = tiny_tokenizer()
+  words.add_tokens([tokenizers.AddedToken("<|User|>", special=False, normalized=False)])
+  words.chat_template = "{% for m in messages %}{{ '<|User|>' + m['content'] }}{% endfor %}"
+  role = words.convert_tokens_to_ids("<|User|>")
+  assert role in words("a<|User|>b").input_ids
+  ids = chat.encode_text(words, "a<|User|>b")
+  assert role not in ids and words.decode(ids) == "a<|User|>b"
+
+
 def test_a_response_without_an_end():
   words = tokenizer_of("vicuna")
   words.eos_token = None
@@ -247,6 +257,10 @@ def test_a_response_without_an_end():
   chat.use_template(words, "llama3")
   words.bos_token = "<s>"
   assert decode.decode_config(words).stop_ids.tolist() == [words.convert_tokens_to_ids("<|eot_id|>")]
+  words.chat_template = OTHERS["vicuna"][0]
+  for word in ("</s>", "<|end|>"):  # Set after it was asked.
+    words.eos_token = word
+    assert chat.end_of_turn(words) == words.convert_tokens_to_ids(word)
   words.chat_template = "{{ messages[0]['content'] }}{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}"
   words.eos_token = "</s>"
   assert chat.end_of_turn(words) == words.eos_token_id

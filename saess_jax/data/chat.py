@@ -131,7 +131,9 @@ def encode_spans(
 
 
 def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
-  """Token ids of text alone: nothing is added, and special tokens in it are plain text."""
+  """Token ids of text alone: nothing is added, and control words in it (as in `encode_spans`) are plain text."""
+  if any(word in text for word in _control_words(tokenizer)):
+    return list(encode_spans(tokenizer, text, [(0, len(text))])[0])
   return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
@@ -151,20 +153,8 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
   Raises:
     ValueError: there is neither.
   """
-  return _end_of_turn(tokenizer, tokenizer.chat_template)
-
-
-@functools.lru_cache(maxsize=8)
-def _end_of_turn(tokenizer, template: str | None) -> int:
-  mark = secrets.token_hex(16)
-  try:
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], chat_template=template,
-        tokenize=False) if template else ""
-  except (jinja2.TemplateError, TypeError):  # No template for a turn of an assistant.
-    rendered = ""
-  behind = rendered.rpartition(mark)[2].lstrip() if mark in rendered else ""
-  ends = [word for word in _control_words(tokenizer) if behind.startswith(word)]
+  behind = _behind_an_answer(tokenizer, tokenizer.chat_template) if tokenizer.chat_template else ""
+  ends = [word for word in _control_words(tokenizer) if behind.startswith(word)] if behind else []
   if ends:
     return tokenizer.convert_tokens_to_ids(max(ends, key=len))
   if tokenizer.eos_token_id is None:
@@ -172,6 +162,17 @@ def _end_of_turn(tokenizer, template: str | None) -> int:
         f"{type(tokenizer).__name__} has no end-of-sequence token, and its chat template puts none behind an answer: "
         "no response would end. Set tokenizer.eos_token.")
   return tokenizer.eos_token_id
+
+
+@functools.lru_cache(maxsize=8)
+def _behind_an_answer(tokenizer, template: str) -> str:
+  mark = secrets.token_hex(16)
+  messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+  try:
+    rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+  except (jinja2.TemplateError, TypeError):  # It has no form for an assistant's turn.
+    return ""
+  return rendered.rpartition(mark)[2].lstrip() if mark in rendered else ""
 
 
 def encode_response(

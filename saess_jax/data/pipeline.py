@@ -220,7 +220,7 @@ def _refusal(
   # The prefix ends in the middle of a sentence ("because"), which the text goes on with.
   follows = text[0].lower() + text[1:] if text[1:2].islower() else text
   prefix = config.safety.refusal_prefix
-  refusal = [*chat.encode_behind(tokenizer, prefix, f" {follows}"), tokenizer.eos_token_id]
+  refusal = [*chat.encode_behind(tokenizer, prefix, f" {follows}"), chat.end_of_turn(tokenizer)]
   return np.concatenate([before, np.asarray(gap + chat.encode_text(tokenizer, prefix), np.int32)]), refusal
 
 
