@@ -43,8 +43,8 @@ def evaluate(
 
   Raises:
     ValueError: an unknown attack, judge, model or suite, no rows, a prompt that does not fit the model's context with
-      its response, an attack that asks a [CLS] that was not trained, or a `workdir` that holds something else or
-      that another process is at work in.
+      its response, an attack on a [CLS] that was not trained or a base that is not known, or a `workdir` that holds
+      something else or that another process is at work in.
     FileNotFoundError: no such checkpoint or file.
   """
   _check(config)
@@ -62,6 +62,11 @@ def evaluate(
     raise ValueError(
         f"{config.checkpoint} has no trained [CLS] that {', '.join(asking)} could ask; leave it out of "
         "--config.attacks, or craft it on an SA-ESS run and give its file (file:PATH).")
+  crafted = [name for name, attack in attacks.items() if attack.asks_base and not models.has_base]
+  if crafted:
+    raise ValueError(
+        f"{', '.join(crafted)}: made on the base model, and what {config.checkpoint} was trained from is not known; "
+        "leave it out of --config.attacks, or evaluate the run or the adapter, which name their base.")
   config = dataclasses.replace(config, safety=dataclasses.asdict(models.safety))
   claimed = {key: value for key, value in _plain(config).items() if key != "judges"}
   if not begun:
@@ -215,14 +220,17 @@ def _record(
 
 def _judge(
     name: str, judge: judges.Judge, responses: Sequence[dict[str, Any]], records: Records) -> None:
-  """Has one judge judge what it has not judged yet, or judged in another version."""
-  there = {evaluation.key_of(record): record["judgement"]["version"] for record in records.read()}  # The last counts.
-  missing = [row for row in responses if there.get(evaluation.key_of(row)) != judge.version]
+  """Has one judge judge what it has not judged yet, or judged in another version or when it was another text."""
+  there = {  # The last counts.
+      evaluation.key_of(record): (record["judgement"]["version"], record.get("text")) for record in records.read()}
+  done = lambda row, version="", text=None: version == judge.version and text in (None, _text_of(row))
+  missing = [row for row in responses if not done(row, *there.get(evaluation.key_of(row), ()))]
   with tqdm.tqdm(total=len(missing), desc=f"judge {name}", unit="response", disable=not missing) as bar:
     for at in range(0, len(missing), judge.at_a_time):
       rows = missing[at : at + judge.at_a_time]
       write = lambda judged, rows=rows: records.append(
-          {key: row[key] for key in evaluation.KEYS} | {"judgement": dataclasses.asdict(judgement)}
+          {key: row[key] for key in evaluation.KEYS} | {
+              "text": _text_of(row), "judgement": dataclasses.asdict(judgement)}
           for row, judgement in zip(rows, judged))
       try:
         write(judge.judge_many([
@@ -237,11 +245,19 @@ def _judge(
       bar.update(len(rows))
 
 
+def _text_of(row: dict[str, Any]) -> str:
+  """A digest of what judges read of a response, for one that was made again."""
+  return hashlib.sha256(f"{row['behavior']}\n{len(row['generated'])}\n{row['response']}".encode()).hexdigest()[:12]
+
+
 def _check(config: EvalConfig) -> None:
   for field in ("attacks", "models", "judges"):
     names = getattr(config, field)
     if isinstance(names, str) or not names or len(set(names)) != len(names):
       raise ValueError(f"{field} is {names!r}; expected a tuple of different names, at least one.")
+  for name in config.judges:
+    if len(evaluation.judgements(pathlib.Path(), name).path.name) > 240:
+      raise ValueError(f"judge {name!r} has a name too long for a file of its own; give its weights by a shorter path.")
   for name in config.models:
     if name not in subjects.MODELS:
       raise ValueError(f"model is {name!r}; expected one of {', '.join(subjects.MODELS)}.")

@@ -134,11 +134,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
-  """`read_results` of one judge; ValueError if it has judged nothing there."""
-  rows = read_results(workdir, [judge])
-  if not rows:
+  """`read_results` of one judge; ValueError if it has not judged all that is there."""
+  rows, there = read_results(workdir, [judge]), read_responses(pathlib.Path(workdir).expanduser())
+  if not rows or len(rows) < len(there):  # Of some attempts "any" says less than of all.
+    count = f"{len(rows)} of {len(there)} responses" if rows else "nothing"
     raise ValueError(
-        f"{judge} has judged nothing in {workdir}; ask for another --judge, or give that evaluation's command again "
+        f"{judge} has judged {count} in {workdir}; ask for another --judge, or give that evaluation's command again "
         f"with --config.judges=\"('{judge}',)\": it needs no new responses.")
   return rows
 

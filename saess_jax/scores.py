@@ -143,12 +143,14 @@ def _by_behavior(rows: Rows) -> list[list[dict[str, Any]]]:
 
 
 def mean_interval(rows: Rows, key: str) -> tuple[float, float, float]:
-  """Mean of `key` over rows (at least one) with a 95% normal interval, (mean, low, high).
+  """Mean of `key` over rows (at least one) with a 95% normal interval, (mean, low, high); NaN of a single behavior.
 
   Responses to one behavior are alike: the spread is that between behaviors. Never below 0, for counts.
   """
   mean = sum(row[key] for row in rows) / len(rows)
   clusters = [kept for of_suite in group(rows, "suite").values() for kept in group(of_suite, "index").values()]
+  if len(clusters) < 2:
+    return mean, math.nan, math.nan
   off = [sum(row[key] - mean for row in kept) for kept in clusters]
-  half = 1.959964 * math.sqrt(sum(x * x for x in off) * len(off) / max(len(off) - 1, 1)) / len(rows)
+  half = 1.959964 * math.sqrt(sum(x * x for x in off) * len(off) / (len(off) - 1)) / len(rows)
   return mean, max(mean - half, 0.0), mean + half

@@ -30,6 +30,7 @@ class Models:
     generator: (model, max_new_tokens) -> `generate.Generator` or what answers like one.
     weights: model -> what a white-box attacker reads.
     safety: what "saess" decodes by.
+    has_base: what the trained weights began from is known, or they were trained from no others.
   """
 
   identity: str
@@ -37,6 +38,7 @@ class Models:
   generator: Callable[[str, int], Any]
   weights: Callable[[str], attacks.Weights]
   safety: SafetyConfig
+  has_base: bool = True
 
 
 def load_models(config: EvalConfig) -> Models:
@@ -58,7 +60,7 @@ def load_models(config: EvalConfig) -> Models:
     raise ValueError(
         f"{path} has no trained [CLS], and its verdicts would mean nothing; expected --config.models=\"{plain}\", its "
         "weights decoded plainly.")
-  identity, step = path, None
+  identity, step, has_base = path, None, True
   if runs.is_run(path):
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.best_step()
@@ -70,8 +72,8 @@ def load_models(config: EvalConfig) -> Models:
   elif adapters.is_adapter(path):
     identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
   else:
-    identity = f"{path}{_files_of(path)}"
-    if has_cls and "base" in config.models:
+    identity, has_base = f"{path}{_files_of(path)}", not has_cls
+    if not has_base and "base" in config.models:
       raise ValueError(
           f"What {path} was trained from is not known, so there is no \"base\" to compare with; expected "
           "--config.models=\"('plain','saess')\", its own weights without the signal and with it.")
@@ -100,7 +102,7 @@ def load_models(config: EvalConfig) -> Models:
         asked.model, asked.params, asked.tokenizer, asked.safety, max_new_tokens=max_new_tokens,
         batch_size=config.batch_size, seed=config.seed, **layout)
 
-  return Models(identity, has_cls, generator, weights, safety)
+  return Models(identity, has_cls, generator, weights, safety, has_base)
 
 
 def _files_of(path: str) -> str:

@@ -485,7 +485,8 @@ def test_rows_of_a_behavior_are_its_attempts(tmp_path, suffix, text):
     ("jsonl", '{"goal": "a", "prompt": "b", "technique": 3}\n', "mine.jsonl:1 has a technique of type int"),
     ("jsonl", '{"goal": "a", "prompt": [{"role": "assistant", "content": "b"}]}\n',
      "mine.jsonl:1: The last message has role 'assistant'"),
-    ("jsonl", '{"goal": "a", "prompt": "b \\ud83d"}\n', "mine.jsonl:1: prompt or prefix is 'b .ud83d', with half"),
+    ("jsonl", '{"goal": "a", "prompt": "b \\ud83d"}\n', "mine.jsonl:1: prompt, prefix or technique is 'b .ud8"),
+        ("jsonl", '{"goal": "a", "prompt": "b", "technique": "\\ud83d"}\n', "technique is '.ud83d', with half"),
     ("jsonl", '{"goal": 1, "prompt": "b"}\n', "mine.jsonl:1 has goal, prompt; expected one of")])
 def test_bad_files(tmp_path, suffix, text, message):
   with pytest.raises(ValueError, match=message):

@@ -116,6 +116,7 @@ def test_a_request_is_asked_once_under_each_label(tmp_path):
     ("a.jsonl", '{"goal": "a", "target": 7}', "a.jsonl:1: target is 7; expected what an answer"),
     ("a.csv", f"goal,target\na,{'a' * 501}\n", "a text of 500 characters at most"),
     ("a.jsonl", '{"goal": "a", "target": "\\ud83d"}', "a.jsonl:1: target is .*half a surrogate pair"),
+    ("a.jsonl", '{"goal": "a", "category": "\\ud83d"}', "a.jsonl:1: category is .*half a surrogate pair"),
     ("a.jsonl", '{"goal": ["a"], "prompt": "p"}', r"a.jsonl:1: prompt is \['a'\]; expected text")])
 def test_bad_files_of_attacks(tmp_path, name, text, message):
   with pytest.raises(ValueError, match=message):

@@ -442,6 +442,52 @@ def test_a_first_verdict_counts_from_the_threshold_on(config, tmp_path, threshol
   assert figures["alarmed_initially"]["saess"]["count"] == alarmed
 
 
+def test_a_behavior_of_which_an_attempt_is_unjudged_counts_where_another_succeeded(config, tmp_path):
+  evaluate(dataclasses.replace(config, attacks=("sampling_2",)), tmp_path / "a", models())
+  rows = [row for row in read_results(tmp_path / "a", ["rules"]) if row["model"] == "base"]
+  verdicts = {0: (None, True), 1: (None, False), 2: (False, False), 3: (False, True)}
+  for row in rows:
+    if row["label"]:
+      row["judgements"]["rules"]["jailbroken"] = verdicts[row["index"]][row["attempt"]]
+  plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(
+      config, attacks=("sampling_2",), models=("base",), judges=("rules",),
+      safety=dataclasses.asdict(SafetyConfig())))))
+  metrics = metrics_of(rows, plain)
+  (figures,) = metrics["figures"].values()
+  of = figures["attack_success_rate"]["base"]["sampling_2"]
+  assert (of["count"], of["n"]) == (2, 3)
+  assert "is in no rate, unless another attempt at it succeeded.\n95% intervals" in table(metrics)
+  (line,) = [line.split()[-7:] for line in compare(rows, rows, "rules").splitlines() if "(malicious)" in line]
+  assert line == ["(malicious)", "3", "67%", "67%", "0", "0", "1.000"]
+
+
+def test_a_judge_that_was_stopped_half_way_compares_nothing(config, tmp_path):
+  evaluate(dataclasses.replace(config, judges=("rules",)), tmp_path / "a", models())
+  path = tmp_path / "a" / "judgements" / "rules.jsonl"
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+  with pytest.raises(SystemExit, match=r"rules has judged \d+ of \d+ responses in .*a; .* give that evaluation's"):
+    evaluation.main([str(tmp_path / "a")] * 2)
+
+
+def test_a_response_that_was_made_again_is_judged_again(config, tmp_path):
+  config = dataclasses.replace(config, judges=("rules",), attacks=("direct",), models=("saess",))
+  before = evaluate(config, tmp_path / "a", models())
+  (tmp_path / "a" / "responses.jsonl").unlink()
+  after = evaluate(config, tmp_path / "a", models(forbidden="nothing of this"))  # Who refuses no more.
+  of = lambda metrics: next(iter(metrics["figures"].values()))["attack_success_rate"]["saess"]["direct"]["count"]
+  assert (of(before), of(after)) == (0, 3)  # One is answered with silence.
+
+
+@pytest.mark.parametrize("attack", ["prefill_own_4", "filler_own_4", "multi_turn_1", "gcg_4", "autodan_2"])
+def test_an_attack_on_an_unknown_base_is_refused_before_it_begins(config, tmp_path, attack):
+  load = lambda config: dataclasses.replace(models()(config), has_base=False)
+  config = dataclasses.replace(config, attacks=(attack,), models=("saess",))
+  with pytest.raises(ValueError, match=f"{attack}: made on the base model, and what .* is not known; leave it out"):
+    evaluate(config, tmp_path / "out", load)
+  assert not (tmp_path / "out").exists()
+  assert not attacks.make_attack("gcg_cls_4").asks_base
+
+
 def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):
   evaluate(config, tmp_path / "a", models())
   rows = read_results(tmp_path / "a", ["rules"])

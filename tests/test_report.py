@@ -211,7 +211,7 @@ def test_mean_interval():
   # The same said twice says no more.
   doubled = [leak(i, leaked, attempt) for i, leaked in ((0, 1), (1, 3)) for attempt in (0, 1)]
   assert scores.mean_interval(doubled, "leaked") == pytest.approx((2, 2 - 1.959964, 2 + 1.959964))
-  assert scores.mean_interval([leak(0, 4)], "leaked") == (4, 4, 4)
+  assert scores.mean_interval([leak(0, 4)], "leaked") == pytest.approx((4, math.nan, math.nan), nan_ok=True)
 
 
 # ---- The page
@@ -503,7 +503,7 @@ def test_everything_listed_links_to_its_row(tmp_path):
   assert (f"responses.jsonl , line {failure + 1} with suite file:prompts.csv, method prefill_5, model saess, index 5, "
           "attempt 0") in detail
   assert json.loads((tmp_path / "responses.jsonl").read_text().split("\n")[failure])["index"] == 5
-  for words in ("judge rules  jailbroken: no refusal (version 9)", "judge prefix  jailbroken: no phrase",
+  for words in ("judge rules  jailbroken: no refusal (version 10)", "judge prefix  jailbroken: no phrase",
                 "query 0.800, highest 0.800; after each token: 0.40", "temperature 0.0", "outcome  complied"):
     assert words in detail
 

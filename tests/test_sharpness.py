@@ -119,4 +119,4 @@ def test_an_evaluation_without_responses_is_named(tmp_path, capsys):
   (tmp_path / "evaluation.json").write_text(json.dumps(claim(folder)))
   with pytest.raises(SystemExit):
     sharpness.main(["--checkpoint", folder, "--evaluation", str(tmp_path)])
-  assert "holds no judged responses yet; let its evaluation" in capsys.readouterr().err
+  assert "holds no responses yet; let its evaluation" in capsys.readouterr().err

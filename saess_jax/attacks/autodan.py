@@ -98,6 +98,10 @@ class AutoDan(Attack):
     self.generations, self.population = generations, population
     self.name = f"{self.family}_{generations}"
 
+  @property
+  def asks_base(self) -> bool:
+    return not self.adaptive
+
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """One attempt a behavior; queries are the prompts scored: the first population and one a generation.
 

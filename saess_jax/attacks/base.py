@@ -90,6 +90,7 @@ class Attack(abc.ABC):
     adaptive: it looks at the victim, so that each model gets attempts of its own; else all get the same (transfer).
     at_a_time: behaviors for which it is asked at once; what is made in one go is lost if the run is killed in it.
     asks_cls: it asks [CLS] of "saess", whoever the victim is.
+    asks_base: it is made on "base", whoever the victim is.
     content: a digest of the file that it was read from, so that an evaluation is not resumed with another; "" none.
   """
 
@@ -97,6 +98,7 @@ class Attack(abc.ABC):
   adaptive: bool = False
   at_a_time: int = 64
   asks_cls: bool = False
+  asks_base: bool = False
   content: str = ""
 
   @abc.abstractmethod

@@ -75,8 +75,8 @@ def _read(path: pathlib.Path) -> dict[str, list[Attempt]]:
           f"{place} has a prompt of type {type(prompt).__name__}; expected text, or turns of a chat, each with role "
           "and content.")
     turns = [turn["content"] for turn in prompt] if isinstance(prompt, list) else [prompt or ""]
-    for text in (*turns, prefix):
-      sources.check_unicode(text, f"{place}: prompt or prefix")
+    for text in (*turns, prefix, technique):
+      sources.check_unicode(text, f"{place}: prompt, prefix or technique")
     if not re.fullmatch(r"\d+(\.0)?", str(queries)):  # A table with gaps in it holds its whole numbers as 7.0.
       raise ValueError(f"{place} has queries {queries!r}; expected a number of 0 or more.")
     attempts = found.setdefault(sources.request_key(behavior), [])

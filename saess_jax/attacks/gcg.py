@@ -58,6 +58,10 @@ class Gcg(Attack):
     self.checkpoints = {steps // 4, steps // 2, steps} - {0}  # Steps after which an attempt is made.
     self.name = f"{self.family}_{steps}{f'x{candidates}' if candidates else ''}"
 
+  @property
+  def asks_base(self) -> bool:
+    return not self.adaptive
+
   def attempts(self, behaviors: Sequence[str], target: Target) -> list[list[Attempt]]:
     """An attempt a checkpoint; its queries, a gradient and its candidates each step, are those since the one before.
 

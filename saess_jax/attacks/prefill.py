@@ -70,6 +70,8 @@ class Prefill(Attack):
 class PrefillOwn(Attack):
   """The first `tokens` tokens of what the base model answers; fewer where it ends before that."""
 
+  asks_base = True
+
   def __init__(self, tokens: int):
     self.tokens, self.name = tokens, f"prefill_own_{tokens}"
 

@@ -94,6 +94,8 @@ class FillerOwn(Attack):
   piece is the smaller part: the window of an alarm (Rule 3) keeps the piece that opened it.
   """
 
+  asks_base = True
+
   def __init__(self, tokens: int):
     self.tokens, self.name = tokens, f"filler_own_{tokens}"
 

@@ -76,6 +76,8 @@ class ManyShot(Attack):
 class MultiTurn(Attack):
   """One attempt a behavior; the base model answers `questions` questions before it, 24 tokens each."""
 
+  asks_base = True
+
   def __init__(self, questions: int):
     """Raises ValueError for more questions than are written."""
     if questions > len(QUESTIONS):

@@ -378,9 +378,10 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(
         f"{where}: target is {target!r:.60}; expected what an answer to the goal begins with, a text of {MAX_TARGET} "
         "characters at most.")
-  check_unicode(target, f"{where}: target")
-  return Row(
-      prompt, response, label, str(fields.get("category") or ""), name, str(fields.get("idea") or ""), target.strip())
+  category, idea = (str(fields.get(column) or "") for column in ("category", "idea"))
+  for column, text in (("target", target), ("category", category), ("idea", idea)):
+    check_unicode(text, f"{where}: {column}")
+  return Row(prompt, response, label, category, name, idea, target.strip())
 
 
 def check_unicode(text: str, what: str) -> None:

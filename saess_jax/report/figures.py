@@ -125,7 +125,7 @@ def steps(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
       share = [100 * i / curve["n"] for i in range(len(curve["successes"]) + 1)]
       axes.step(
           [0, *curve["successes"], curve["spent"]], [*share, share[-1]], where="post", color=_COLORS[model],
-          linestyle=_DASHES[k % len(_DASHES)], linewidth=2, label=f"{family}, {NAMES[model]}",
+          linestyle=_DASHES[k % len(_DASHES)], linewidth=2, label=f"{_label(family)}, {NAMES[model]}",
           clip_on=False, zorder=3)  # Before the axes: much happens at 0 queries.
   axes.set(xlim=(0, 1.04 * end), ylim=(0, 102), xlabel="queries", ylabel="attack success, %")
   axes.yaxis.grid(True, color=_INK, alpha=0.12)

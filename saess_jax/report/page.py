@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -107,6 +108,9 @@ class _Report:
       parts.append(f"Malicious prompts {self.got_through} under {under}: {each(success)}.")
     if refusal:
       parts.append(f"Benign prompts refused: {each(refusal)}.")
+      empty = self._pooled("benign_empty")
+      if any(rates["count"] for rates in empty.values()):
+        parts.append(f"Benign prompts with an empty answer: {each(empty)}.")
     if not parts:
       parts.append("Nothing was asked that can be sent.")
     of_suites = f" of {len(self.suites)} suites" if len(self.suites) > 1 else ""
@@ -159,6 +163,8 @@ class _Report:
               self._worst({name: success[model][name] for name in of["sent"]}) for model in self.models]))
       if of["over_refusal"]:
         lines.append(("benign refused", [share(of["over_refusal"][model]) for model in self.models]))
+      if any(empty["count"] for empty in of["benign_empty"].values()):
+        lines.append(("benign, empty answer", [share(of["benign_empty"][model]) for model in self.models]))
       for key, words in OF_VERDICTS.items():
         if of[key]:
           lines.append((words, [share(of[key].get(model)) for model in self.models]))
@@ -195,7 +201,8 @@ class _Report:
       return NONE
     leaked, low, high = scores.mean_interval(stopped, "leaked")
     windows = sum(row["intervened_at"] > 0 for row in stopped)
-    figure = f"{leaked:.1f} [{low:.1f}, {high:.1f}]".replace(" ", "\N{NO-BREAK SPACE}")
+    interval = "" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]"
+    figure = f"{leaked:.1f}{interval}".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{figure} <span class='soft'>of {len(stopped)} stopped, {windows} by a window</span>"
 
   def _written(self, suite: str, model: str) -> str:
