@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from saess_jax import checksums
+from saess_jax import checksums, staging
 from saess_jax.config import (
   LoraConfig,
   ModelConfig,
@@ -91,7 +91,7 @@ def is_adapter(path: str | pathlib.Path) -> bool:
 
 def check_target(path: str | pathlib.Path, dtype: str) -> pathlib.Path:
   """The file that `save` would write. Raises its errors of `path` and `dtype`, before there is an adapter."""
-  path = pathlib.Path(path).expanduser()
+  path = staging.local(path)
   if not is_adapter(path) or dtype not in DTYPES:
     raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
   if path.exists():

@@ -76,12 +76,14 @@ class Checkpoints:
       SaveFailed: of this step, or of the one before, whose writing had gone on since then.
     """
     try:
-      if written is not None:
-        written.flush()
       if step in self._manager.all_steps():
+        if written is not None:
+          written.flush()
         return
       self._manager.wait_until_finished()
       self._writing = step
+      if written is not None:
+        written.flush()
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums.of(state)),
           iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))
@@ -185,7 +187,8 @@ class Checkpoints:
     """
     folder = self.folder / str(step)
     others = ", ".join(str(other) for other in self.steps() if other != step)
-    with damage.named(folder, f" Load another step: {others}." if others else ""):
+    with cluster.together(f"reading {folder}"), damage.named(
+        folder, f" Load another step: {others}." if others else ""):
       stored = self._manager.item_metadata(step)["state"].tree["trainable"]
       wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
       how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
@@ -193,7 +196,8 @@ class Checkpoints:
         how = jax.tree.map(
             lambda leaf, at: ocp.ArrayRestoreArgs(sharding=at, global_shape=leaf.shape, dtype=leaf.dtype), wanted,
             place(wanted))
-      restored = ocp.PyTreeCheckpointer().restore(folder / "state", args=ocp.args.PyTreeRestore(
+      # By the handler: what orbax has around it waits for all processes, whatever became of the others' reading.
+      restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=ocp.args.PyTreeRestore(
           item={"trainable": wanted}, restore_args={"trainable": how}, partial_restore=True))
       checksums.compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
     return restored["trainable"]

@@ -7,6 +7,7 @@ the others wait; what goes wrong on one is raised on all, so that none waits for
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # Of a step of srun, not of sbatch.
 _SHUTDOWN_SECONDS = 60  # A process that ends on an error waits so long for the others, which may be in a step.
 _MESSAGE_BYTES = 2048  # Of an error that the other processes are told.
+_within = contextvars.ContextVar("within", default=False)
 
 
 class PeerFailed(RuntimeError):
@@ -100,6 +102,9 @@ def _metadata(key: str) -> str | None:
 def together(what: str) -> Iterator[bool]:
   """A block that all processes leave together: all in order, or all with an error. Costs one small collective.
 
+  A block within another costs none: it is left when the outer one is. Else a process that fails before it would meet
+  the others' exchange of the inner block with its own of the outer one.
+
   Args:
     what: what the block does, for the error: "reading the data".
 
@@ -109,11 +114,16 @@ def together(what: str) -> Iterator[bool]:
   Raises:
     PeerFailed: the block went well here and failed elsewhere. A process whose own block failed raises its own error.
   """
-  error = None
+  if _within.get():
+    yield jax.process_index() == 0
+    return
+  error, entered = None, _within.set(True)
   try:
     yield jax.process_index() == 0
   except Exception as raised:
     error = raised
+  finally:
+    _within.reset(entered)
   said = [] if jax.process_count() == 1 else _exchange(f"{type(error).__name__}: {error}" if error else "")
   if error:
     raise error

@@ -63,6 +63,7 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
 
   Returns what there is to say; errors as `load_for_research`.
   """
+  folder = str(pathlib.Path(folder).expanduser())
   staging.refuse_existing(folder)
   if not (runs.is_run(source) or snapshot.is_snapshot(source) or adapters.is_adapter(source)):
     raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
@@ -92,7 +93,7 @@ def to_adapter(
     threshold: of the verdicts, in place of the run's setting: it is chosen once the run is done. Outside 0 to 1 a
       ValueError.
   """
-  adapters.check_target(file, dtype)
+  file = str(adapters.check_target(file, dtype))
   adapters.check_strength(strength)
   chosen = {} if threshold is None else {"threshold": threshold}
   SafetyConfig(**chosen)  # Raises what is wrong with it.

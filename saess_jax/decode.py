@@ -219,7 +219,6 @@ def decode_config(
         for words in (safety.refusal_break, text))
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
-  stops = sorted({chat.end_of_turn(tokenizer), tokenizer.eos_token_id} - {None})
   named = safety is None or isinstance(safety.schedule, str)
   steps = buffer if named else max(max_new_tokens, min(len(safety.schedule), buffer))
   schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, steps))
@@ -227,7 +226,7 @@ def decode_config(
     safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
-      stop_ids=np.asarray(stops, np.int32), refusal=np.asarray(gap + refusal, np.int32),
+      stop_ids=np.asarray(chat.stop_ids(tokenizer), np.int32), refusal=np.asarray(gap + refusal, np.int32),
       refusal_break=len(gap), schedule=np.pad(schedule, (0, buffer - steps)), buffer=buffer)
 
 

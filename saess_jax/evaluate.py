@@ -51,7 +51,7 @@ def evaluate(
   attacks = {name: attacks_lib.make_attack(name) for name in ("direct", *config.attacks)}  # Benign ones are direct.
   chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_lib.load_suites(config)
-  workdir = pathlib.Path(workdir).expanduser().absolute()
+  workdir = staging.local(workdir).absolute()
   begun = (workdir / "evaluation.json").exists()
   if not begun and (
       workdir.is_file() or workdir.is_dir() and any(entry.name != staging.LOCK for entry in workdir.iterdir())):

@@ -22,6 +22,7 @@ import tqdm
 
 from saess_jax import hf, staging, weights
 from saess_jax.config import ModelConfig, SafetyConfig, safety_as_dict
+from saess_jax.data import chat
 
 SHARD_BYTES = 5 * 10**9
 
@@ -59,6 +60,8 @@ def export_hf(
   with staging.new_folder(folder) as unfinished:
     _write_json(unfinished / "config.json", hf_config)
     ends = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in hf_config}
+    if "eos_token_id" in ends and len(stops := chat.stop_ids(tokenizer)) > 1:
+      ends["eos_token_id"] = stops
     _write_json(unfinished / "generation_config.json", ends)
     tokenizer.save_pretrained(unfinished)
     _write_weights(unfinished, config, leaves, shard_bytes, progress)

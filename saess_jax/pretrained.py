@@ -253,7 +253,10 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   step = checkpoints.best_step() if step is None else step
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
-  shape, base, _ = load_start(workdir, "float32" if rank else "bfloat16")  # Its fingerprint is the same in either.
+  whole = rank or config.frozen_layers  # Else nothing of the base but its fingerprint, the same in either, is needed.
+  shape, base, tokenizer = load_start(workdir, "float32" if whole else "bfloat16")
+  runs.check_template(workdir, tokenizer.chat_template)
+  template = config.data.chat_template  # Of a file its text: the adapter goes where the file does not.
   if rank:
     learned = _read_run(workdir, lambda _: step, None).params
     lora = adapters.factorize(base, learned, rank)
@@ -265,7 +268,8 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
       lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
       safety=config.safety, base=config.weights,
       sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
-      layout=settings_of(workdir).layout | {"chat_template": config.data.chat_template})
+      layout=settings_of(workdir).layout | {
+          "chat_template": tokenizer.chat_template if template.endswith(".jinja") else template})
 
 
 def _read_run(
@@ -281,8 +285,13 @@ def _read_run(
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
   if config.lora.rank or config.frozen_layers:
     shape, base, tokenizer = load_start(path, mesh=mesh)
+    if shape.param_dtype != "float32":  # Rounded, as training had it; pairs are merged in float32.
+      held = config_lib.dtype_of(shape.param_dtype)
+      kept = jnp.float32 if config.lora.rank else held
+      base = jax.tree.map(lambda leaf: leaf.astype(held).astype(kept), base) | {"cls_head": base["cls_head"]}
   else:  # All that there is was trained, and the start need not be read for it.
     (shape, tokenizer), base = start_of(config), {}
+  runs.check_template(path, tokenizer.chat_template)
 
   def place(stored: Any) -> Any:
     params = stored["params"]

@@ -2,7 +2,7 @@
 
   config.json    the TrainConfig
   data.json      rows and digest of each split
-  base.json      what tells the weights that it began from
+  base.json      what tells the weights that it began from, and its chat template
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def is_run(path: str | pathlib.Path) -> bool:
 
 
 def claim(
-    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]], fingerprint: str = ""
-) -> pathlib.Path:
+    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]], fingerprint: str = "",
+    template: str | None = None) -> pathlib.Path:
   """Makes the workdir this run's by writing data.json, base.json and config.json, or finds that it is so already.
 
   Args:
     rows: of each split.
     fingerprint: of the weights that the run begins from (`pretrained.fingerprint_of_base`); "" of those without one.
+    template: the tokenizer's chat template.
 
   Raises:
     ValueError: a schedule as an array; or it holds another run's config (the mesh apart), or a run over other rows or
@@ -65,10 +66,12 @@ def claim(
           "that run to resume it.")
     _check_rows(workdir / "data.json", config.data.source, digests)
     check_base(workdir, config.weights, fingerprint)
+    check_template(workdir, template)
     return workdir
   workdir.mkdir(parents=True, exist_ok=True)
   staging.write_text(workdir / "data.json", json.dumps(digests, indent=2) + "\n")
-  staging.write_text(workdir / "base.json", json.dumps({"fingerprint": fingerprint}) + "\n")
+  staging.write_text(workdir / "base.json", json.dumps(
+      {"fingerprint": fingerprint, "chat_template": _digest(template)}) + "\n")
   staging.write_text(path, json.dumps(mine, indent=2) + "\n")  # Last: it is what makes the workdir a run's.
   return workdir
 
@@ -81,6 +84,20 @@ def check_base(workdir: str | pathlib.Path, weights: str, fingerprint: str) -> N
     raise ValueError(
         f"The run in {workdir} began from other weights than {weights} holds now (fingerprint {began}, now "
         f"{fingerprint}). Put them back as they were, or choose another --workdir to train from these.")
+
+
+def check_template(workdir: str | pathlib.Path, template: str | None) -> None:
+  """Raises ValueError where a tokenizer's chat template is not the one that the run in `workdir` began with."""
+  path = pathlib.Path(workdir).expanduser() / "base.json"
+  began = json.loads(path.read_text()).get("chat_template") if path.exists() else None  # None: a run older than that.
+  if began and began != _digest(template):
+    raise ValueError(
+        f"The chat template of the run in {workdir} was another one when it began: the file that data.chat_template "
+        "names, or the tokenizer beside its weights, changed. Put it back as it was, or choose another --workdir.")
+
+
+def _digest(text: str | None) -> str:
+  return hashlib.sha256((text or "").encode()).hexdigest()[:16]
 
 
 def _check_rows(path: pathlib.Path, source: str, digests: dict[str, Any]) -> None:

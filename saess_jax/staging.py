@@ -27,7 +27,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     FileExistsError: `folder` exists, or another process is writing it now.
   """
-  folder = pathlib.Path(folder).expanduser().absolute()
+  folder = local(folder).absolute()
   refuse_existing(folder)
   unfinished = folder.with_name(folder.name + ".unfinished")
   unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -49,18 +49,29 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
       pathlib.Path(lock.name).unlink(missing_ok=True)
 
 
+def local(path: str | pathlib.Path) -> pathlib.Path:
+  """The path with "~" read. Raises ValueError for an address: what is written is renamed and locked, as files are."""
+  if "://" in str(path):
+    raise ValueError(
+        f"{path} is an address; expected a path. Mount the bucket (docs/pods.md) and give the folder of it.")
+  return pathlib.Path(path).expanduser()
+
+
 @contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
-  """Lets one process at a time into `folder`. It leaves an empty file there; the lock itself ends with its process.
+def alone(folder: pathlib.Path, lock: str = LOCK) -> Iterator[None]:
+  """Lets one process at a time into `folder`, or at what else is locked there by the name `lock`.
+
+  It leaves an empty file of that name; the lock itself ends with its process.
 
   The file is locked and not the folder, since NFS locks only what is open for writing.
 
   Raises:
     ValueError: another process is in it.
   """
-  with open(folder / LOCK, "a") as file:
+  with open(folder / lock, "a") as file:
     if not _locked(file):
-      raise ValueError(f"Another process is at work in {folder}; wait for it, or choose another folder.")
+      where = folder if lock == LOCK else folder / lock.removesuffix(f".{LOCK}")
+      raise ValueError(f"Another process is at work in {where}; wait for it, or choose another folder.")
     yield
 
 
@@ -81,6 +92,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def refuse_existing(folder: str | pathlib.Path) -> None:
-  """Raises FileExistsError if there is anything at `folder`."""
-  if pathlib.Path(folder).expanduser().exists():
+  """Raises FileExistsError if there is anything at `folder`, and what `local` does."""
+  if local(folder).exists():
     raise FileExistsError(f"{folder} exists, and nothing is ever overwritten; delete it, or name another folder.")

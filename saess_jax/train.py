@@ -49,7 +49,7 @@ from saess_jax.data import builder, pipeline, rollouts, sources
 from saess_jax.generate import Generator
 from saess_jax.model import Llama
 from saess_jax.sampling import SamplingConfig
-from saess_jax.state import TrainState, create_state
+from saess_jax.state import TrainState, abstract_state, create_state
 
 
 class Diverged(RuntimeError):
@@ -245,23 +245,28 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     damage.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.
   """
-  with cluster.together("checking settings, data and weights"):
+  with cluster.together("checking settings and data"):
+    workdir = staging.local(workdir)
     mesh = sharding.make_mesh(config.mesh)
     preflight.check(config, mesh)
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
     rows = {split: dataset.split_rows(split) for split in ("train", "validation")}
     sources.require_two_classes(rows["train"], f"The training split of {config.data.source}")
     sources.require_one_label(itertools.chain(*rows.values()))
+  with cluster.together("reading and checking weights"):  # Of a run, orbax's reader meets the others': all get here.
     shape, base, tokenizer = pretrained.load_base(config)
     start = _read_start(config, shape, base) if config.lora.start else None
     fingerprint = pretrained.fingerprint_of_base(config, base)
     training = config_of_training(config, shape)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):  # What only building the model tells.
+      abstract_state(config, Llama(training), optimizer(config.optimizer, 1), mesh)
     as_ours = dataclasses.replace(config, objective="saess")  # Without rollouts a rival has nothing to read.
     for split in rows.values():  # A prompt that is too long costs the user seconds, not the rollouts.
       examples = pipeline.build_examples(tokenizer, split, None, as_ours)
       preflight.check_ids(examples, shape.vocab_size)
       pipeline.Batches(examples, as_ours)
-  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(workdir, config, rows, fingerprint))
+  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(
+      workdir, config, rows, fingerprint, tokenizer.chat_template))
   with _alone(workdir):
     rows = cluster.first_then_rest("preparing the data", lambda: {
         split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})

@@ -232,6 +232,45 @@ def test_a_run_whose_base_was_replaced_is_refused(trained, tmp_path, params):
   assert pretrained.load_for_research(tmp_path / "all" / "run")
 
 
+def test_a_template_from_a_file_goes_with_the_adapter_and_does_not_change_under_a_run(trained, tmp_path):
+  template = tmp_path / "mine.jinja"
+  text = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+  template.write_text(text)
+  run = runs.read_config(trained / "run")
+  run = dataclasses.replace(
+      run, data=dataclasses.replace(run.data, chat_template=str(template)), max_steps=1, save_every=1)
+  train.train_and_evaluate(run, tmp_path / "run")
+  adapters.save(tmp_path / "mine.safetensors", pretrained.read_adapter(tmp_path / "run"))
+  template.write_text(text.replace("<", "["))
+  uses = pretrained.load_for_research, pretrained.read_adapter, functools.partial(train.train_and_evaluate, run)
+  for use in uses:
+    with pytest.raises(ValueError, match="The chat template of the run in .*run was another one when it began"):
+      use(tmp_path / "run")
+  template.unlink()
+  assert pretrained.load_for_research(tmp_path / "mine.safetensors")[2].chat_template == text
+
+
+def test_a_base_that_training_held_in_bfloat16_is_held_so_again(trained, tmp_path, params):
+  run = dataclasses.replace(
+      runs.read_config(trained / "run"), model_overrides={"param_dtype": "bfloat16"}, max_steps=1, save_every=1)
+  train.train_and_evaluate(run, tmp_path / "run")
+  llama, loaded, _, _ = pretrained.load_for_research(tmp_path / "run")
+  norm = params["layers_0"]["attn_norm"]["scale"]
+  embedding = params["embed"]["embedding"]
+  assert loaded["embed"]["embedding"].dtype == jnp.float32 and llama.config.param_dtype == "bfloat16"
+  rounded = np.asarray(embedding.astype(jnp.bfloat16), np.float32)
+  assert np.abs(rounded - embedding).max() > 0
+  np.testing.assert_array_equal(loaded["embed"]["embedding"], rounded)
+  np.testing.assert_array_equal(loaded["layers_0"]["attn_norm"]["scale"], norm)
+
+
+def test_a_frozen_cls_embedding_is_the_base_s_to_the_bit(trained, tmp_path, params):
+  run = dataclasses.replace(runs.read_config(trained / "run"), frozen_layers=1, max_steps=1, save_every=1)
+  train.train_and_evaluate(run, tmp_path / "run")
+  adapter = pretrained.read_adapter(tmp_path / "run")
+  np.testing.assert_array_equal(adapter.cls["cls_embedding"], params["cls_embedding"])
+
+
 def test_computed_weights_have_no_fingerprint_to_go_by(trained, params):
   """Products of float32 are not the same to the bit on every device."""
   of = lambda weights: pretrained.fingerprint_of_base(config.TrainConfig(weights=weights), params)

@@ -47,7 +47,7 @@ def compiled(tmp_path_factory):
     yield
 
 
-def launch(config, workdir, count, envs=({},), file_bytes=()):
+def launch(config, workdir, count, envs=({},), file_bytes=(), cwd=ROOT):
   """`count` processes of train.py; `envs` are added to their environments in turn. The first may write files of
   `file_bytes[0]` at most, and so on.
   """
@@ -67,7 +67,7 @@ def launch(config, workdir, count, envs=({},), file_bytes=()):
           "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
           "JAX_PROCESS_ID": str(index)}
     runs.append(subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", file, "--workdir", workdir], cwd=ROOT,
+        [sys.executable, ROOT / "train.py", "--config", file, "--workdir", workdir], cwd=cwd,
         env=env | envs[index % len(envs)], stdout=(workdir.parent / f"{workdir.name}.{index}.log").open("w"),
         preexec_fn=functools.partial(
             resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes[index],) * 2) if file_bytes else None,
@@ -251,6 +251,20 @@ def test_what_goes_wrong_on_one_process_ends_all():
     assert "PeerFailed: Process 1 of 3 failed while reading the data: FileNotFoundError: rows.csv" in text
 
 
+def test_a_block_within_another_is_left_with_it():
+  """Else the first process would take what the second says of the outer block for an answer about the inner one."""
+  code = (
+      "with cluster.together('reading'):\n"
+      "  if jax.process_index() == 1:\n"
+      "    raise FileNotFoundError('rows.csv is not here')\n"
+      "  with cluster.together('looking') as first:\n"
+      "    assert first\n"
+      "  print('on with it')\n")
+  codes, output = script(code, by_hand(2, 47815))
+  assert codes == [1, 1] and "on with it" in output[0]
+  assert "PeerFailed: Process 1 of 2 failed while reading: FileNotFoundError: rows.csv is not here" in output[0]
+
+
 def test_processes_that_see_different_things_stop():
   code = "cluster.agree('names', 'same')\ncluster.agree('steps in here', ('3, 6', '')[jax.process_index()])\n"
   codes, output = script(code, by_hand(2, 47813))
@@ -359,6 +373,27 @@ def test_hosts_of_a_tpu(env, served, hosts, monkeypatch):
   finally:
     cluster.jax.config.update("jax_platforms", platforms)
     server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_run_to_begin_from_that_only_one_process_reads_stops_both(data, tmp_path):
+  first = config_of(data, max_steps=1, save_every=1)
+  assert finish(launch(first, tmp_path / "before", 1), tmp_path / "before")[0] == [0]
+  shutil.copytree(tmp_path / "before", tmp_path / "harmed")
+  arrays = (tmp_path / "harmed" / "checkpoints" / "1" / "state" / "ocdbt.process_0" / "d").iterdir()
+  os.truncate(max(arrays, key=lambda path: path.stat().st_size), 0)
+  envs, began = by_hand(2, 47817), time.time()
+  (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+  (tmp_path / "a" / "start").symlink_to(tmp_path / "before")
+  (tmp_path / "b" / "start").symlink_to(tmp_path / "harmed")
+  config = dataclasses.replace(first, model="", model_overrides={}, weights="start", seed=1)
+  runs = [launch(config, tmp_path / f"run{i}", 1, [env], cwd=tmp_path / folder)[0]
+          for i, (env, folder) in enumerate(zip(envs, "ab"))]
+  (codes_a, output_a), (codes_b, output_b) = (finish([run], tmp_path / f"run{i}") for i, run in enumerate(runs))
+  assert (codes_a, codes_b) == ([1], [2]) and time.time() - began < 100
+  assert "PeerFailed: Process 1 of 2 failed while reading and checking weights: Damaged" in output_a[0]
+  assert "Load another step" in output_b[0] or "start/checkpoints/1" in output_b[0]
+  assert not (tmp_path / "run0").exists()
 
 
 @pytest.mark.slow

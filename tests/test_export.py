@@ -17,7 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from saess_jax import decode, hf, policy
 from saess_jax.config import ModelConfig, SafetyConfig
-from saess_jax.data.chat import encode_prompt, insert_cls
+from saess_jax.data.chat import encode_prompt, insert_cls, stop_ids
 from saess_jax.export import export_hf
 from saess_jax.model import Llama, resize_vocab, stack_layers
 
@@ -119,6 +119,15 @@ def test_what_cannot_be_written_leaves_nothing(break_it, words, tmp_path):
   with pytest.raises(ValueError, match=words):
     export_hf(tmp_path / "out", **arguments | break_it(loaded))
   assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_response_ends_there_as_here(tmp_path):
+  loaded = hf.load_pretrained(str(case_folder(tmp_path / "source")))
+  tokenizer = tiny_tokenizer()
+  tokenizer.eos_token = "<|endoftext|>"
+  export_hf(tmp_path / "out", loaded.config, loaded.params, tokenizer, None)
+  ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+  assert ends["eos_token_id"] == stop_ids(tokenizer) == [0, 2]
 
 
 def test_a_failure_on_the_way_leaves_nothing_and_a_folder_is_not_overwritten(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import first_word, hf
+from saess_jax import first_word, hf, staging
 from saess_jax.config import LabelConfig
 from saess_jax.data import label, sources
 from saess_jax.model import Llama
@@ -155,6 +155,16 @@ def test_shards_share_the_documents(guard_folder, corpus):
 def test_a_model_that_is_no_guard_is_noticed(guard_folder, corpus, capsys):
   label.label(config_of(guard_folder, corpus))
   assert "is it a guard, and is its chat template its own?" in "".join(capsys.readouterr())
+
+
+def test_one_job_at_a_time_writes_an_output(guard_folder, corpus):
+  config = config_of(guard_folder, corpus)
+  out = pathlib.Path(config.out)
+  out.parent.mkdir(parents=True)
+  with staging.alone(out.parent, f"{out.name}.lock"):
+    with pytest.raises(ValueError, match=f"Another process is at work in .*{out.name}; wait"):
+      label.label(config)
+  assert not out.exists() and label.label(config) == out
 
 
 def test_another_corpus_or_other_settings_are_refused(guard_folder, corpus):

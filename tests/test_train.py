@@ -533,12 +533,24 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
     (lambda c: {"safety": SafetyConfig(r2=2)}, "min_window is 3, and a window of Rule 2 holds safety.r2 2 tokens"),
     (lambda c: {"model_overrides": {"vocab_size": 100}}, "token id 2[0-9]+, and the model has 100 tokens; is this its"),
     (lambda c: {"frozen_layers": 2}, "frozen_layers is 2; the model has 2 layers: expected 0 to 1"),
+    (lambda c: {"lora": LoraConfig(2, ("q", "x"))}, r"lora is rank 2 on \('q', 'x'\); expected"),
+    (lambda c: {"model_overrides": {"remat": "dot"}}, "remat is 'dot'; expected one of none"),
+    (lambda c: {"model_overrides": {"dtype": "float16"}}, "dtype is 'float16'; expected"),
+    (lambda c: {"model_overrides": {"attention": "flash"}}, "attention is 'flash'; expected one of"),
 ])
 def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):
   config = small_config(data)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     train.train_and_evaluate(dataclasses.replace(config, **change(config)), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_address_is_no_workdir(data, tmp_path, workdir, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="bucket/run is an address; expected a path. Mount the bucket"):
+    train.train_and_evaluate(small_config(data), workdir)
+  assert not list(tmp_path.iterdir())
 
 
 def test_one_class_data_is_refused(tmp_path):

@@ -32,7 +32,7 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerBase, template: str)
 
   Args:
     template: "" leaves its own; alpaca (Llama 2's system marks around Alpaca's instruction, as the paper's code asks),
-      chatml, llama2, llama3 or mistral; or the path of a .jinja file.
+      chatml, llama2, llama3 or mistral; the path of a .jinja file; or the text of one.
 
   Raises:
     ValueError: another name, or a template that cannot be parsed or does not show a user's text.
@@ -40,7 +40,9 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerBase, template: str)
   """
   if not template:
     return
-  if template.endswith(".jinja"):
+  if "{" in template:
+    text = template
+  elif template.endswith(".jinja"):
     path = pathlib.Path(template).expanduser()
     if not path.is_file():
       raise FileNotFoundError(f"data.chat_template: {template} does not exist; expected a file with a Jinja template.")
@@ -54,7 +56,7 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerBase, template: str)
   try:
     _render(tokenizer, [{"role": "user", "content": "x"}])
   except ValueError as error:
-    raise ValueError(f"data.chat_template {template} does not render a user's turn: {error}") from error
+    raise ValueError(f"data.chat_template {template[:60]} does not render a user's turn: {error}") from error
 
 
 def encode_prompt(
@@ -162,6 +164,11 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
         f"{type(tokenizer).__name__} has no end-of-sequence token, and its chat template puts none behind an answer: "
         "no response would end. Set tokenizer.eos_token.")
   return tokenizer.eos_token_id
+
+
+def stop_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+  """What a model ends a response with: `end_of_turn` and the tokenizer's end of sequence. Its ValueError."""
+  return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id} - {None})
 
 
 @functools.lru_cache(maxsize=8)

@@ -135,7 +135,8 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
   """Labels what is not labelled yet of this shard's documents (every `shards`-th), and returns the output's path.
 
   Raises:
-    ValueError: bad settings or corpus, an output that holds something else; before the guard is loaded.
+    ValueError: bad settings or corpus, an output that holds something else, before the guard is loaded; or that another
+      process writes.
     FileNotFoundError: no such corpus or guard.
   """
   if not 0 <= shard < shards:
@@ -146,16 +147,25 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
     raise ValueError(f"{config.corpus} has no documents; nothing to label.")
   if shards > count:
     raise ValueError(f"{config.corpus} has {count} documents and shards is {shards}; expected as many at most.")
-  path = pathlib.Path(config.out).expanduser()
+  path = staging.local(config.out)
   if shards > 1:
     path = path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
   claim = {name: getattr(config, name) for name in ("guard", "threshold", "max_tokens", "dtype")} | {
       "sha256": [_sha256(name) for name in _paths(config.corpus)], "shard": shard, "shards": shards}
   _check_own(path, claim)
-  records = Records(path)
-  done = records.read()
   guard = Guard(hf.load_pretrained(config.guard, config.dtype), config)
   path.parent.mkdir(parents=True, exist_ok=True)
+  with staging.alone(path.parent, f"{path.name}.{staging.LOCK}"):
+    _check_own(path, claim)  # Another process may have been there meanwhile.
+    _label_rest(config, guard, path, claim, count)
+  return path
+
+
+def _label_rest(config: LabelConfig, guard: Guard, path: pathlib.Path, claim: dict[str, Any], count: int) -> None:
+  """Of so many documents, what is not labelled yet; `claim` says what of."""
+  shard, shards = claim["shard"], claim["shards"]
+  records = Records(path)
+  done = records.read()
   staging.write_text(_record(path), json.dumps(claim, indent=2) + "\n")
 
   mine = ((i, text) for i, text in enumerate(documents(config.corpus)) if i % shards == shard)
@@ -185,7 +195,6 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
       bar.update(chunk[-1].document // shards + 1 - bar.n)
     bar.update(total - bar.n)
   print(f"{path}: {total} documents in {labelled} pieces, {malicious} malicious ({malicious / labelled:.2%}).")
-  return path
 
 
 def _malicious(lines: Sequence[dict[str, Any]]) -> int:
