@@ -63,7 +63,7 @@ def to_hf(source: str, folder: str, step: int | None, check: bool) -> str:
 
   Returns what there is to say; errors as `load_for_research`.
   """
-  folder = str(pathlib.Path(folder).expanduser())
+  folder = str(staging.local(folder))
   staging.refuse_existing(folder)
   if not (runs.is_run(source) or snapshot.is_snapshot(source) or adapters.is_adapter(source)):
     raise ValueError(f"{source} is no workdir of a training run, snapshot (hf2orbax, gguf2orbax) or adapter.")
@@ -98,6 +98,8 @@ def to_adapter(
   chosen = {} if threshold is None else {"threshold": threshold}
   SafetyConfig(**chosen)  # Raises what is wrong with it.
   before = adapters.load(start) if start else None
+  if start and not runs.read_config(source).lora.start:
+    raise ValueError(f"start is {start}, but {source} went on from no adapter (lora.start); leave it out.")
   adapter = pretrained.read_adapter(source, step, rank)
   adapter = adapters.between(before, adapter, strength) if before else adapters.weaken(adapter, strength)
   adapter = dataclasses.replace(adapter, safety=dataclasses.replace(adapter.safety, **chosen))

@@ -181,8 +181,10 @@ def load_for_research(
     adapter = adapters.load(path)
     loaded = _read_weights(base or adapter.base, "float32", mesh)
     chat.use_template(loaded.tokenizer, adapter.layout["chat_template"])
-    loaded = dataclasses.replace(
-        loaded, params=adapters.apply(loaded.config, loaded.params, adapter), safety=adapter.safety)
+    params = adapters.apply(loaded.config, loaded.params, adapter)
+    if mesh is not None:  # [CLS] too.
+      params = jax.tree.map(weights.put, params, weights.placement(loaded.config, mesh))
+    loaded = dataclasses.replace(loaded, params=params, safety=adapter.safety)
   else:
     loaded = _read_weights(path, "" if dtype == "float32" else dtype, mesh)
   config, params = loaded.config.replace(dtype=dtype), loaded.params

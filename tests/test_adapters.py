@@ -199,9 +199,29 @@ def test_a_run_and_its_adapter_are_one_model(trained, capsys):
   for name, leaf in flat(for_run[1]).items():
     np.testing.assert_array_equal(flat(alone[1])[name], leaf, err_msg=name)
     np.testing.assert_allclose(flat(spread[1])[name], leaf, atol=1e-6, err_msg=name)
-  assert len(spread[1]["layers_0"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
+  for path in (("layers_0", "mlp", "up", "kernel"), ("cls_embedding",), ("cls_head", "kernel")):
+    assert len(flat(spread[1])["/".join(path)].sharding.device_set) == 8
   convert.main(["inspect", str(trained / "mine.safetensors")])
   assert "adapter of rank 2 for" in capsys.readouterr().out
+
+
+def test_a_run_that_began_without_an_adapter_has_no_start(trained, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    convert.main(["run2adapter", str(trained / "run"), str(tmp_path / "a.safetensors"), "--start",
+                  str(trained / "mine.safetensors")])
+  assert "went on from no adapter (lora.start); leave it out" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_may_lie_at_home(trained, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  convert.main(["run2adapter", str(trained / "run"), "~/a.safetensors"])
+  convert.main(["orbax2hf", str(trained / "run"), "~/folder", "--check"])
+  assert adapters.load("~/a.safetensors") and (tmp_path / "folder" / "model.safetensors").is_file()
+  assert "check: max |dlogit|" in capsys.readouterr().out
+  with pytest.raises(SystemExit):
+    convert.main(["orbax2hf", str(trained / "run"), "gs://bucket/folder"])
+  assert "gs://bucket/folder is an address; expected a path" in capsys.readouterr().err
 
 
 def test_an_adapter_of_a_run_on_a_hugging_face_folder(trained, tmp_path):
