@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from saess_jax import checksums, cluster, damage, events
+from saess_jax import checksums, cluster, damage, events, staging
 from saess_jax.config import TrainConfig
 
 
@@ -89,6 +89,21 @@ class Checkpoints:
           iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))
     except Exception as error:  # Whatever the file system or orbax says.
       raise self._failure(step if self._writing is None else self._writing, error) from None
+
+  def is_validated(self, step: int) -> bool:
+    """Whether metrics were saved with `step`, as all processes see it. Raises ValueError where they differ."""
+    found = self._manager.metrics(step) is not None
+    cluster.agree(f"metrics of step {step} in {self.folder}", "some" if found else "")
+    return found
+
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """What a validation of `step` found, which was saved without: a run that was stopped there did not wait for it."""
+    with cluster.together(f"writing the metrics of step {step}") as first:
+      if first:
+        folder = self.folder / str(step) / "metrics"
+        folder.mkdir(exist_ok=True)
+        staging.write_text(folder / "metrics", json.dumps(metrics))
+    self._manager.reload()
 
   def _failure(self, step: int, error: Exception) -> SaveFailed:
     disk = shutil.disk_usage(self.folder)

@@ -414,7 +414,8 @@ def _loop(
   """Dispatches step n, then reads the metrics of step n - 1, so that the device never waits for the host.
 
   SIGTERM or Ctrl-C on any process is in the next step's batch; the run stops after the step in whose metrics it is
-  read, and after Ctrl-C it raises KeyboardInterrupt there. A second Ctrl-C does so at once.
+  read, and after Ctrl-C it raises KeyboardInterrupt there. A second Ctrl-C does so at once. A validation that a stop
+  did not wait for is made up for when the run goes on.
 
   Args:
     steps: where the run ends.
@@ -431,6 +432,14 @@ def _loop(
   pending = None  # Step number, metrics and wish to stop, not yet read.
   stop = False  # As all processes know it.
   tokens, began = 0, time.perf_counter()
+  is_due = lambda step: step == steps or bool(config.eval_every and step % config.eval_every == 0)
+
+  def validate(state, step, say):
+    found = run_validation(state)
+    if writer and found:
+      say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+      writer.write({f"validation/{name}": value for name, value in found.items()}, step)
+    return found
 
   def read(pending):
     step, metrics, stop = pending
@@ -446,6 +455,8 @@ def _loop(
     return metrics, bool(stop)
 
   try:
+    if start and is_due(start) and not manager.is_validated(start) and (validated := validate(state, start, print)):
+      manager.add_metrics(start, validated)
     with tqdm.tqdm(total=steps, initial=start, desc="train", unit="step", disable=not first) as bar:
       for step in range(start + 1, steps + 1):
         batch = next(loader)
@@ -461,16 +472,13 @@ def _loop(
         pending = (step, metrics, wished)
         bar.update()
         ends = step == steps or stop
-        evaluate = ends or (config.eval_every and step % config.eval_every == 0)
+        evaluate = ends or is_due(step)
         save = ends or step % config.save_every == 0
         if evaluate or save:  # Nothing that is not finite is ever saved.
           stop, pending = read(pending)[1] or stop, None
         measured = {}
         if evaluate and not stop:
-          measured = validated = run_validation(state)
-          if writer:
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in validated.items()))
-            writer.write({f"validation/{name}": value for name, value in validated.items()}, step)
+          measured = validated = validate(state, step, bar.write)
         if save or stop:
           manager.save(step, state.saved(), loader.get_state(), config, measured or None, writer)
         if stop:

@@ -117,6 +117,21 @@ def test_a_run_leaves_what_it_promises(finished):
   assert seen["validation/cls_accuracy", 6] == pytest.approx(validated["cls_accuracy"])
 
 
+def test_a_validation_that_a_stop_did_not_wait_for_is_made_up_for(finished, tmp_path):
+  """Else another step than an undisturbed run's would be its best."""
+  config, workdir, validated = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  metrics = tmp_path / "run" / "checkpoints" / "6" / "metrics"
+  before = json.loads((metrics / "metrics").read_text())
+  shutil.rmtree(metrics)  # As SIGTERM in the last step leaves it.
+  assert train.train_and_evaluate(config, tmp_path / "run") == validated
+  assert json.loads((metrics / "metrics").read_text()) == before
+  manager = checkpoint.Checkpoints(tmp_path / "run")
+  assert manager.best_step() == checkpoint.Checkpoints(workdir).best_step()
+  manager.close()
+  assert train.train_and_evaluate(config, tmp_path / "run") == {}
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(finished, tmp_path):
   config, workdir, validated = finished
