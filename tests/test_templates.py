@@ -239,14 +239,15 @@ def test_what_ends_a_response(family):
   assert decode.decode_config(words).stop_ids.tolist() == sorted({end, words.eos_token_id})
 
 
-def test_control_words_are_plain_text_in_a_response_too():
+def test_what_a_model_writes_as_one_token_stays_one_in_a_response():
   words = tiny_tokenizer()
-  words.add_tokens([tokenizers.AddedToken("<|User|>", special=False, normalized=False)])
-  words.chat_template = "{% for m in messages %}{{ '<|User|>' + m['content'] }}{% endfor %}"
-  role = words.convert_tokens_to_ids("<|User|>")
-  assert role in words("a<|User|>b").input_ids
-  ids = chat.encode_text(words, "a<|User|>b")
-  assert role not in ids and words.decode(ids) == "a<|User|>b"
+  words.add_tokens([tokenizers.AddedToken("</think>", special=False, normalized=False)])
+  words.chat_template = "{% for m in messages %}{{ '<think></think>' + m['content'] }}{% endfor %}"
+  own = words.convert_tokens_to_ids("</think>")
+  ids = chat.encode_text(words, "a</think>b<|im_end|>")
+  assert own in ids and words.eos_token_id not in ids and words.decode(ids) == "a</think>b<|im_end|>"
+  tokens, kinds = chat.encode_prompt(words, "a</think>b")
+  assert own not in tokens[kinds == QUERY]  # The user's are plain text.
 
 
 def test_a_response_without_an_end():

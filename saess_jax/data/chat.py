@@ -133,9 +133,11 @@ def encode_spans(
 
 
 def encode_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
-  """Token ids of text alone: nothing is added, and control words in it (as in `encode_spans`) are plain text."""
-  if any(word in text for word in _control_words(tokenizer)):
-    return list(encode_spans(tokenizer, text, [(0, len(text))])[0])
+  """Token ids of text alone: nothing is added, and special tokens in it are plain text.
+
+  Added ones that are not marked special stay tokens, unlike in what a user types (`encode_spans`): a model writes its
+  own "</think>" as one.
+  """
   return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
