@@ -76,14 +76,12 @@ class Checkpoints:
       SaveFailed: of this step, or of the one before, whose writing had gone on since then.
     """
     try:
-      if step in self._manager.all_steps():
-        if written is not None:
-          written.flush()
-        return
       self._manager.wait_until_finished()
       self._writing = step
       if written is not None:
         written.flush()
+      if step in self._manager.all_steps():
+        return
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums.of(state)),
           iterator=ocp.args.JsonSave(iterator), config=ocp.args.JsonSave(dataclasses.asdict(config))))

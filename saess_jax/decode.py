@@ -161,16 +161,17 @@ def pad_prompts(
   for i, (tokens, kinds) in enumerate(rows):
     if len(tokens) != len(kinds):
       raise ValueError(f"Prompt {i} has {len(tokens)} tokens and {len(kinds)} kinds; expected as many, [CLS] in both.")
-    is_pad = np.asarray(kinds) == TokenKind.PAD
+    kinds = np.asarray(kinds)
+    is_pad = kinds == TokenKind.PAD
     if np.any(is_pad[:-1] & ~is_pad[1:]):
       raise ValueError(f"Prompt {i} has PAD before other tokens; expected none: rows are padded here, at the right.")
-    if np.any(np.asarray(kinds) == TokenKind.RESPONSE):
+    if np.any(kinds == TokenKind.RESPONSE):
       raise ValueError(
           f"Prompt {i} holds RESPONSE tokens; give the tokens that its response begins with as `prefixes`.")
-    is_cls = np.asarray(kinds) == TokenKind.CLS
+    is_cls = kinds == TokenKind.CLS
     if np.sum(is_cls) != 1:
       raise ValueError(f"Prompt {i} holds {np.sum(is_cls)} CLS tokens; expected one.")
-    places = {masks.cls_slot(np.asarray(kinds)[~is_cls], "sft", sees) for sees in (True, False)}
+    places = {masks.cls_slot(kinds[~is_cls], "sft", sees) for sees in (True, False)}
     if int(np.argmax(is_cls)) not in places:
       raise ValueError(
           f"Prompt {i} has CLS in slot {np.argmax(is_cls)}, where tokens would see it that must not; expected "

@@ -57,8 +57,9 @@ def read_claim(workdir: str | pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-def read_responses(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_responses(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
   """What `read_results` says of responses; in the order of suites and attacks, whichever was answered first."""
+  workdir = pathlib.Path(workdir).expanduser()
   if not (workdir / "evaluation.json").exists():
     return []
   config, first = read_claim(workdir)["config"], {}
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _judged(workdir: str, judge: str) -> list[dict[str, Any]]:
   """`read_results` of one judge; ValueError if it has not judged all that is there."""
-  rows, there = read_results(workdir, [judge]), read_responses(pathlib.Path(workdir).expanduser())
+  rows, there = read_results(workdir, [judge]), read_responses(workdir)
   if not rows or len(rows) < len(there):  # Of some attempts "any" says less than of all.
     count = f"{len(rows)} of {len(there)} responses" if rows else "nothing"
     raise ValueError(

@@ -80,16 +80,18 @@ def load_base(
 
 
 def load_start(
-    workdir: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, Any, Any]:
-  """What the run in `workdir` began from, as `load_base` gives it.
+    workdir: str | pathlib.Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[ModelConfig, Any, Any, str]:
+  """What the run in `workdir` began from, as `load_base` gives it, and its `fingerprint_of_base`.
 
   Raises:
-    ValueError: as there; the weights are others by now than those that the run began from.
+    ValueError: as there; weights or chat template are others by now than those that the run began from.
   """
   config = runs.read_config(workdir)
   shape, base, tokenizer = load_base(config, dtype, mesh)
-  runs.check_base(workdir, config.weights, fingerprint_of_base(config, base))
-  return shape, base, tokenizer
+  fingerprint = fingerprint_of_base(config, base)
+  runs.check_start(workdir, config.weights, fingerprint, tokenizer.chat_template)
+  return shape, base, tokenizer, fingerprint
 
 
 def fingerprint_of_base(config: TrainConfig, base: Any) -> str:
@@ -256,8 +258,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
   whole = rank or config.frozen_layers  # Else nothing of the base but its fingerprint, the same in either, is needed.
-  shape, base, tokenizer = load_start(workdir, "float32" if whole else "bfloat16")
-  runs.check_template(workdir, tokenizer.chat_template)
+  shape, base, tokenizer, fingerprint = load_start(workdir, "float32" if whole else "bfloat16")
   template = config.data.chat_template  # Of a file its text: the adapter goes where the file does not.
   if rank:
     learned = _read_run(workdir, lambda _: step, None).params
@@ -269,7 +270,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   return adapters.Adapter(
       lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
       safety=config.safety, base=config.weights,
-      sizes=adapters.sizes_of(shape), fingerprint=adapters.fingerprint(base),
+      sizes=adapters.sizes_of(shape), fingerprint=fingerprint,
       layout=settings_of(workdir).layout | {
           "chat_template": tokenizer.chat_template if template.endswith(".jinja") else template})
 
@@ -286,14 +287,14 @@ def _read_run(
   if step not in steps:
     raise ValueError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
   if config.lora.rank or config.frozen_layers:
-    shape, base, tokenizer = load_start(path, mesh=mesh)
+    shape, base, tokenizer, _ = load_start(path, mesh=mesh)
     if shape.param_dtype != "float32":  # Rounded, as training had it; pairs are merged in float32.
       held = config_lib.dtype_of(shape.param_dtype)
       kept = jnp.float32 if config.lora.rank else held
       base = jax.tree.map(lambda leaf: leaf.astype(held).astype(kept), base) | {"cls_head": base["cls_head"]}
   else:  # All that there is was trained, and the start need not be read for it.
     (shape, tokenizer), base = start_of(config), {}
-  runs.check_template(path, tokenizer.chat_template)
+    runs.check_start(path, config.weights, "", tokenizer.chat_template)
 
   def place(stored: Any) -> Any:
     params = stored["params"]

@@ -65,8 +65,7 @@ def claim(
           f"{workdir} holds another run: {'; '.join(different)}. Choose another --workdir, or give the config of "
           "that run to resume it.")
     _check_rows(workdir / "data.json", config.data.source, digests)
-    check_base(workdir, config.weights, fingerprint)
-    check_template(workdir, template)
+    check_start(workdir, config.weights, fingerprint, template)
     return workdir
   workdir.mkdir(parents=True, exist_ok=True)
   staging.write_text(workdir / "data.json", json.dumps(digests, indent=2) + "\n")
@@ -76,21 +75,18 @@ def claim(
   return workdir
 
 
-def check_base(workdir: str | pathlib.Path, weights: str, fingerprint: str) -> None:
-  """Raises ValueError where `weights` are not those that the run in `workdir` began from: of another fingerprint."""
+def check_start(workdir: str | pathlib.Path, weights: str, fingerprint: str, template: str | None) -> None:
+  """Raises ValueError where the run in `workdir` began from other `weights`, of another fingerprint, or with another
+  chat template. "" as fingerprint: they were not read.
+  """
   path = pathlib.Path(workdir).expanduser() / "base.json"
-  began = json.loads(path.read_text())["fingerprint"] if path.exists() else ""  # A run older than this file.
+  start = json.loads(path.read_text()) if path.exists() else {}  # A run older than this file, or than its template.
+  began = start.get("fingerprint")
   if began and fingerprint and began != fingerprint:
     raise ValueError(
         f"The run in {workdir} began from other weights than {weights} holds now (fingerprint {began}, now "
         f"{fingerprint}). Put them back as they were, or choose another --workdir to train from these.")
-
-
-def check_template(workdir: str | pathlib.Path, template: str | None) -> None:
-  """Raises ValueError where a tokenizer's chat template is not the one that the run in `workdir` began with."""
-  path = pathlib.Path(workdir).expanduser() / "base.json"
-  began = json.loads(path.read_text()).get("chat_template") if path.exists() else None  # None: a run older than that.
-  if began and began != _digest(template):
+  if start.get("chat_template", _digest(template)) != _digest(template):
     raise ValueError(
         f"The chat template of the run in {workdir} was another one when it began: the file that data.chat_template "
         "names, or the tokenizer beside its weights, changed. Put it back as it was, or choose another --workdir.")

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     claim = evaluation.read_claim(options.evaluation)
     models = subjects.load_models(EvalConfig(checkpoint=options.checkpoint, models=tuple(claim["config"]["models"])))
     _check_evaluated(options.evaluation, claim, options.checkpoint, models.identity)
-    rows = evaluation.read_responses(pathlib.Path(options.evaluation).expanduser())
+    rows = evaluation.read_responses(options.evaluation)
     if not rows:
       raise ValueError(f"{options.evaluation} holds no responses yet; let its evaluation (eval.py) end.")
   except (ValueError, FileNotFoundError) as error:

@@ -86,7 +86,7 @@ def load_models(config: EvalConfig) -> Models:
     if name != "base":
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
     if runs.is_run(path):
-      shape, params, tokenizer = pretrained.load_start(path)
+      shape, params, tokenizer, _ = pretrained.load_start(path)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)
