@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
+import scipy.sparse
 
 from saess_jax.data import sources
 
@@ -96,21 +97,18 @@ def _fit_and_score(features: Callable[[sources.Row], dict[str, float]], train, t
   counts = collections.Counter(name for row in train_features for name in row)
   index = {name: i for i, name in enumerate(sorted(name for name, count in counts.items() if count > 1))}
 
-  def matrix(rows: list[dict[str, float]]) -> np.ndarray:
-    x = np.zeros((len(rows), len(index) + 1), np.float32)
-    x[:, -1] = 1.0  # Bias.
-    for i, row in enumerate(rows):
-      for name, value in row.items():
-        if name in index:
-          x[i, index[name]] = value
-    return x
+  def matrix(rows: list[dict[str, float]]) -> scipy.sparse.csr_array:
+    entries = [(i, index[name], value) for i, row in enumerate(rows) for name, value in row.items() if name in index]
+    entries += [(i, len(index), 1.0) for i in range(len(rows))]  # Bias.
+    i, j, values = map(np.asarray, zip(*entries))
+    return scipy.sparse.csr_array((values.astype(np.float32), (i, j)), shape=(len(rows), len(index) + 1))
 
   weights = _logistic_regression(matrix(train_features), np.array([row.label for row in train], np.float32))
   predicted = matrix([features(row) for row in test]) @ weights > 0
   return float(np.mean(predicted == np.array([row.label for row in test])))
 
 
-def _logistic_regression(x: np.ndarray, y: np.ndarray, steps: int = 300) -> np.ndarray:
+def _logistic_regression(x: scipy.sparse.csr_array, y: np.ndarray, steps: int = 300) -> np.ndarray:
   """argmin over w [W] of sum_n log-loss(x_n . w, y_n) + |w|^2 / 2, by Nesterov's accelerated gradient."""
   direction = np.ones(x.shape[1], np.float32)
   for _ in range(20):  # Power iteration: the largest eigenvalue of x'x bounds the curvature.
