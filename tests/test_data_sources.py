@@ -1,5 +1,6 @@
 """Reading user files and the embedded set; every bad input with its message."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from saess_jax.data import sources
+from saess_jax.data import checks, sources
 
 
 def write(path, text):
@@ -159,6 +160,10 @@ def test_json_numbers_and_byte_order_mark(tmp_path):
     ("a.jsonl", '{"instruction": "Sum up:", "input": "so \\ud83d", "label": 1}', "1: instruction is .* half a surr"),
     ("a.jsonl", '{"prompt": "p", "label": 1, "response": "\\ud83d"}', r"a.jsonl:1: the response is '.ud83d'"),
     ("a.jsonl", '{"prompt": "p", "label": 1}\n{"prompt": \n', r"a.jsonl:2: malformed JSON"),
+    ("a.csv", "prompt,label,label\np,0,1\n", "a.csv: two columns have one name, of prompt, label, label"),
+    ("a.csv", "prompt,label,Label\np,0,1\n", "a.csv:2: two columns have one name.* of prompt, label, Label"),
+    ("a.csv", "prompt,label,split\np,1,dev\n", "a.csv:2: split is 'dev'; expected one of train, validation, test"),
+    ("a.csv", "prompt,label,split\np,1,test\nq,1,\n", "a.csv:3: no split, which other rows have"),
     ("a.jsonl", '["p"]\n', r"a.jsonl:1: a JSON list; expected one object a line"),
     ("a.jsonl", '{"prompt": 3, "label": 1}\n', r"a.jsonl:1: prompt is 3; expected text"),
     ("a.jsonl", '{"prompt": "p", "response": ["r"], "label": 1}\n', r"a.jsonl:1: the response is \['r'\]"),
@@ -245,7 +250,27 @@ def test_split_of_user_files_is_disjoint_complete_and_stable(tmp_path):
   assert sorted(row.prompt for kept in by_split.values() for row in kept) == sorted(lines)
   fewer = sources.split_rows(rows[::-2])
   assert all({row.prompt for row in fewer[split]} <= {row.prompt for row in by_split[split]} for split in fewer)
-  assert sources.split_rows(rows, seed=1)["test"] != by_split["test"]
+  shouted = sources.split_rows([*rows, *(dataclasses.replace(row, prompt=f" {row.prompt.upper()}\n") for row in rows)])
+  folded = {split: {sources.request_key(row.prompt) for row in kept} for split, kept in shouted.items()}
+  assert folded == {split: {row.prompt for row in kept} for split, kept in by_split.items()}
+
+
+def test_a_file_may_say_where_its_rows_belong(tmp_path):
+  line = lambda i, split: json.dumps({"prompt": f"p{i}", "label": i % 2, "split": split})
+  path = write(tmp_path / "a.jsonl", "\n".join(line(i, sources.SPLITS[i % 3]) for i in range(60)))
+  by_split = sources.read_splits(path)
+  assert {split: {int(row.prompt[1:]) % 3 for row in rows} for split, rows in by_split.items()} == {
+      "train": {0}, "validation": {1}, "test": {2}}
+  other = write(tmp_path / "b.csv", "prompt,label\nP1 ,1\n")  # Equal prompts go where the first one is.
+  assert "P1 " in [row.prompt for row in sources.load_split(f"{path},{other}", "validation")]
+
+
+def test_the_subtle_set_leaves_the_embedded_test_split_alone():
+  by_split = {name: sources.read_splits(name) for name in ("embedded", "subtle")}
+  ideas = {name: {row.idea: split for split, rows in of.items() for row in rows} for name, of in by_split.items()}
+  shared = ideas["embedded"].keys() & ideas["subtle"].keys()
+  assert len(shared) > 30 and all(ideas["embedded"][idea] == ideas["subtle"][idea] for idea in shared)
+  assert not checks.near_duplicates(by_split["subtle"]["train"], by_split["embedded"]["test"])
 
 
 def test_rows_of_one_idea_stay_together():

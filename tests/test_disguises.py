@@ -24,6 +24,7 @@ def test_what_the_writings_make_of_a_word():
   assert len(shifted) == 12 and {"Cblfsz", "Nmwqdk"} < shifted
   assert mixed == {"bAkErY", "BaKeRy"}
   assert misspelt == {"Bkaery", "Baekry", "Bakrey"}
+  assert not any(write(np.random.default_rng(0))("") for write in disguises.WORDWISE)  # Between two spaces.
   assert fixed == [{"akeryBay"}, {"yrekaB"}, {"Bkry"}, {"Bákêrý"}, {"B@k€ry"}]
 
 

@@ -820,7 +820,7 @@ def unloadable(config):
     ({"judges": ("mood",)}, "No judge 'mood'; expected rules, prefix"),
     ({"suites": "advbench"}, "suite is 'advbench'; expected embedded, plain, subtle .or embedded:valid"),
     ({"suites": "file:"}, "suite is 'file:'; expected embedded, plain, subtle .or embedded:valid"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"seed": -1}, "seed -1; expected at least 1, 1, 0 and 0"),
     ({"batch_size": 0}, "batch_size 0"),
 ])
 def test_bad_config(config, tmp_path, change, message):

@@ -1,8 +1,10 @@
 """Labelling a corpus with a guard: the probability itself, resuming, shards, and every bad input."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,6 +116,17 @@ def test_rows_of_the_output(guard_folder, corpus, capsys):
   trained_on = sources.read_rows(str(out))  # What a pretraining run reads.
   assert [(row.prompt, row.response, sources.LABELS[row.label]) for row in trained_on] == [
       (row["text"], "", row["label"]) for row in rows]
+  ideas = {row["document"]: row["idea"] for row in rows}  # Pieces of a document stay in one split.
+  assert len(set(ideas.values())) == len(TEXTS)
+  assert [row.idea for row in trained_on] == [ideas[row["document"]] for row in rows]
+
+
+def test_no_number_is_no_label(guard_folder, corpus):
+  config = config_of(guard_folder, corpus)
+  loaded = hf.load_pretrained(str(guard_folder))
+  broken = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: leaf * np.nan, loaded.params))
+  with pytest.raises(ValueError, match=r"P\(unsafe\) is no number for 2 of 2 pieces, the first of them 'Bread is"):
+    label.Guard(broken, config).p_unsafe(TEXTS[:2])
 
 
 def test_pieces_break_at_white_space_and_hold_everything(guard_folder, corpus):
@@ -205,6 +218,7 @@ def test_bad_corpora_stop_before_anything_is_written(guard_folder, tmp_path, nam
     ({"threshold": 1.5}, (0, 1), "threshold is 1.5; expected 0 to 1"),
     ({"dtype": "float16"}, (0, 1), "dtype is 'float16'; expected bfloat16 or float32"),
     ({"max_tokens": 500}, (0, 1), r"its context is 512. Lower --max-tokens to \d+ or less"),
+    ({"out": "labels"}, (0, 1), "out is labels; expected a name that ends in .jsonl"),
     ({}, (2, 2), "shard is 2 of 2; expected 0 to 1"),
     ({}, (0, 99), r"has \d+ documents and shards is 99; expected as many at most"),
 ])

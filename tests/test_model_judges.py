@@ -120,6 +120,13 @@ def test_long_responses_are_cut_and_long_prompts_not_judged(folder):
     judge.judge_many([Exchange(" ", "Yes.")])
 
 
+def test_no_number_is_no_verdict(folder):
+  judge = LlamaGuardJudge(str(folder), dtype="float32")
+  judge._ask._params = jax.tree.map(lambda leaf: leaf * jnp.nan, judge._ask._params)
+  (verdict,) = judge.judge_many(ROWS[:1])
+  assert (verdict.jailbroken, verdict.score, verdict.reason) == (None, None, "the judge's probability is no number")
+
+
 def test_what_the_model_wrote_is_read_behind_a_long_prefix(folder):
   judge = LlamaGuardJudge(str(folder), dtype="float32")
   size = lambda text: len(judge._tokenizer(text, add_special_tokens=False).input_ids)

@@ -28,7 +28,7 @@ from saess_jax.config import (
   TrainConfig,
   from_config_dict,
 )
-from saess_jax.data import builder, chat, paper, pipeline
+from saess_jax.data import builder, chat, paper, pipeline, sources
 from saess_jax.data.sources import Row
 from saess_jax.masks import TokenKind
 
@@ -95,6 +95,10 @@ def test_validation_is_a_hundredth(tmp_path):
   by_split, _ = paper.read(write_files(tmp_path, 100, 250, 300), 300)
   assert {split: len(rows) for split, rows in by_split.items()} == {"train": 594, "validation": 6}
   assert not {row.prompt for row in by_split["train"]} & {row.prompt for row in by_split["validation"]}
+  twice = [sources.Row(word, "", label, "", "") for label in (0, 1) for word in (f"a{label}", f"A{label} ")]
+  held_out = paper._hold_out(twice + [sources.Row(f"b{i}", "", i % 2, "", "") for i in range(400)])["validation"]
+  keys = [sources.request_key(row.prompt) for row in held_out]
+  assert all(keys.count(f"a{label}") in (0, 2) for label in (0, 1))
 
 
 def test_safety_items_and_duplicates_are_no_benign_rows(folder):
@@ -130,6 +134,8 @@ def test_missing_files_are_named_with_origin_and_licence(folder):
     ("train.jsonl", '{"text": "a"}', "train.jsonl:1: conversations is None; expected a list of two texts"),
     ("train.jsonl", '{"conversations": ["a", " "]}', "train.jsonl:1: turn 1 of conversations is ' '; expected text"),
     ("train.jsonl", "{", "train.jsonl:1: malformed JSON"),
+    ("train.jsonl", '{"conversations": ["a", "\\ud83d"]}', "train.jsonl:1: turn 1 of conversations is .* half a surr"),
+    ("alpaca_data.json", '[{"instruction": "a", "output": "\\ud83d"}]', "item 1: output is '.ud83d', with half a surr"),
     ("alpaca_data.json", '[{"instruction": "a",\n "output": }]', "alpaca_data.json:2: malformed JSON"),
     ("alpaca_data.json", '{"instruction": "a"}', "alpaca_data.json holds a JSON dict; expected a list"),
     ("alpaca_data.json", '[{"instruction": "a", "output": "b"}, 7]', "alpaca_data.json, item 2 is a JSON int"),

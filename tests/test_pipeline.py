@@ -56,7 +56,7 @@ def test_rows_without_response():
   (refusal,) = build([dataclasses.replace(BAD, response="")])
   assert tiny_tokenizer().decode(response(refusal)) == CONFIG.safety.fixed_refusal + "<|im_end|>"
   (benign,) = build([dataclasses.replace(GOOD, response="")])
-  assert not len(response(benign))
+  assert benign.kinds[-1] == TokenKind.CLS and benign.trajectory == "none"  # As a query, of which no window is.
 
 
 def test_refusal_where_the_decoder_asks_for_it():
@@ -107,7 +107,10 @@ def test_half_of_all_responses_stand_behind_an_attackers_opener():
     assert response(answered)[answered.loss_from:].tolist() == rollout and answered.trajectory == "benign"
     opened["answered"] += answered.loss_from > 0
     depths["answered"].add(answered.loss_from)
-  assert 15 < opened["refused"] < 45 and 15 < opened["answered"] < 45
+    _, written = build([BAD, GOOD], None, dataclasses.replace(config, seed=seed))
+    opened["written"] += written.loss_from > 0
+    assert tiny_tokenizer().decode(response(written)[written.loss_from:]) == GOOD.response + "<|im_end|>"
+  assert 15 < opened["refused"] < 45 and 15 < opened["answered"] < 45 and 15 < opened["written"] < 45
   assert depths["refused"] == {1, 2, 3, 4, 5} and depths["answered"] == {0, 1, 2, 3, 4, 5}
 
 
@@ -574,7 +577,8 @@ def test_labels():
 def test_short_responses(num_tokens):
   views, _, weights = draw("benign", num_tokens)
   assert (views >= 0).all() and (views[:, 1] <= views[:, 2]).all() and (views[:, 2] <= num_tokens).all()
-  np.testing.assert_array_equal(weights, (views[:, 0] > 0) | (views[:, 2] - views[:, 1] >= 3))
+  sizes = views[:, 2] - views[:, 1]
+  np.testing.assert_array_equal(weights, (sizes > 0) & ((views[:, 0] > 0) | (sizes >= 3)))
   assert bool((weights == 0).any()) == (num_tokens < 3)
 
 

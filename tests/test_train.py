@@ -519,6 +519,7 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
      "data.max_length is 300, .CLS. included, and the model's context 256 tokens; lower it to 257"),
     (lambda c: {"model_overrides": {"sliding_window": 64}}, "Rows are padded to up to 128 tokens .* window is 64"),
     (lambda c: {"save_every": 0}, "save_every is 0; expected 1 or more"),
+    (lambda c: {"seed": -1}, "seed is -1; expected 0 or more"),
     (lambda c: {"optimizer": OptimizerConfig(learning_rate=float("nan"))}, "learning_rate is nan; expected 0 or more"),
     (lambda c: {"optimizer": OptimizerConfig(clip_norm=0.0)}, "clip_norm is 0.0, b1 0.9 and b2 0.95; expected"),
     (lambda c: {"optimizer": OptimizerConfig(accumulation=0)}, "optimizer.accumulation is 0; expected 1 or more"),

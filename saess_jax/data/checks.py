@@ -68,7 +68,7 @@ def near_duplicates(
 
 
 def _words(prompt: str) -> list[str]:
-  return re.findall(r"[a-z0-9']+", prompt.lower())
+  return re.findall(r"[\w']+", prompt.lower())
 
 
 def _content_words(prompt: str) -> set[str]:
@@ -77,7 +77,7 @@ def _content_words(prompt: str) -> set[str]:
 
 def _grams(prompt: str) -> set[str]:
   text = " ".join(_words(prompt))
-  return {text[i:i + 5] for i in range(max(1, len(text) - 4))}
+  return {text[i:i + 5] for i in range(max(1, len(text) - 4))} - {""}
 
 
 def _form(prompt: str) -> dict[str, float]:
@@ -141,11 +141,14 @@ def _overlap(train: list[set[Hashable]], test: list[set[Hashable]], measure: Cal
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--source", default="embedded", help="as --config.data.source of a training run")
+  parser.add_argument("--source", default="embedded", help="as --config.data.source of a training run, but for 'paper'")
   parser.add_argument("--threshold", type=float, default=0.5, help="score from which a pair is a near duplicate")
   args = parser.parse_args(argv)
-  train, test = (list(sources.load_split(args.source, split)) for split in ("train", "test"))
-  sources.require_two_classes(train, f"The train split of {args.source}")
+  try:
+    train, test = (sources.load_split(args.source, split) for split in ("train", "test"))
+    sources.require_two_classes(train, f"The train split of {args.source}")
+  except (ValueError, FileNotFoundError) as error:
+    parser.error(str(error))
   pairs = near_duplicates(train, test, args.threshold)
   print(f"{'split':<8}{'malicious':>10}{'benign':>8}")
   for name, rows in (("train", train), ("test", test)):

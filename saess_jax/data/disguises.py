@@ -74,7 +74,7 @@ def _misspelt(rng: np.random.Generator) -> Writing:
 def _turned(word: str) -> str:
   """Pig Latin, or nearly: what stands before the first vowel goes to the end."""
   at = next((i for i, c in enumerate(word) if c.lower() in "aeiou"), 0)
-  return word[at:] + word[:at] + "ay"
+  return word[at:] + word[:at] + "ay" if word else word  # Between two spaces.
 
 
 WORDWISE: tuple[Callable[[np.random.Generator], Writing], ...] = (

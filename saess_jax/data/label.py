@@ -4,7 +4,7 @@
 
 A corpus is .jsonl with a column `text`, or .txt with a document a line. A document longer than `--max-tokens` is cut
 into pieces [ours], each judged for itself, so that every label belongs to text that the guard has seen whole. The
-output, which is `data.source` of the pretraining run, has a line a piece: text, label, p_unsafe, document, piece.
+output, which is `data.source` of the pretraining run, has a line a piece: text, label, p_unsafe, document, piece, idea.
 
 P(unsafe) is that of the first token of "unsafe" against that of "safe" where the guard's answer begins, as Llama
 Guard's model cards have it. Llama Guard 1 and 2 answer right behind their template; that of Llama Guard 3 ends in an
@@ -39,11 +39,15 @@ _SLACK = 16  # Tokens by which a piece may grow when it is read apart from its n
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A part of a document, or all of it, counted from 0 in the corpus and in the document."""
+  """A part of a document, or all of it, counted from 0 in the corpus and in the document.
+
+  `idea` is the whole document's: its pieces stay in one split.
+  """
 
   text: str
   document: int
   piece: int
+  idea: str
 
 
 class Guard:
@@ -87,8 +91,17 @@ class Guard:
     return [piece for piece in [*pieces, text[start:]] if piece.strip()]
 
   def p_unsafe(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """P(unsafe) of each text, and the share of probability that the answer words have in all; float32 both."""
-    return self._ask([self._encode(text) for text in texts])[:2]
+    """P(unsafe) of each text, and the share of probability that the answer words have in all; float32 both.
+
+    Raises:
+      ValueError: a P(unsafe) that is no number, which no threshold could call malicious.
+    """
+    p, share, _ = self._ask([self._encode(text) for text in texts])
+    if np.isnan(p).any():
+      raise ValueError(
+          f"P(unsafe) is no number for {np.isnan(p).sum()} of {len(texts)} pieces, the first of them "
+          f"{texts[int(np.argmax(np.isnan(p)))]!r:.60}; are the guard's weights whole? Try --dtype float32.")
+    return p, share
 
 
 def documents(corpus: str) -> Iterator[str]:
@@ -148,6 +161,8 @@ def label(config: LabelConfig, shard: int = 0, shards: int = 1) -> pathlib.Path:
   if shards > count:
     raise ValueError(f"{config.corpus} has {count} documents and shards is {shards}; expected as many at most.")
   path = staging.local(config.out)
+  if path.suffix.lower() != ".jsonl":
+    raise ValueError(f"out is {config.out}; expected a name that ends in .jsonl, by which training reads it.")
   if shards > 1:
     path = path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
   claim = {name: getattr(config, name) for name in ("guard", "threshold", "max_tokens", "dtype")} | {
@@ -169,7 +184,9 @@ def _label_rest(config: LabelConfig, guard: Guard, path: pathlib.Path, claim: di
   staging.write_text(_record(path), json.dumps(claim, indent=2) + "\n")
 
   mine = ((i, text) for i, text in enumerate(documents(config.corpus)) if i % shards == shard)
-  pieces = (Piece(text, i, j) for i, whole in mine for j, text in enumerate(guard.cut(whole)))
+  pieces = (
+      Piece(text, i, j, hashlib.sha256(whole.encode()).hexdigest()[:16])
+      for i, whole in mine for j, text in enumerate(guard.cut(whole)))
   for record in done:
     piece = next(pieces, None)
     if piece is None or piece.text != record["text"]:
@@ -187,7 +204,7 @@ def _label_rest(config: LabelConfig, guard: Guard, path: pathlib.Path, claim: di
             "token: is it a guard, and is its chat template its own?")
       lines = [
           {"text": piece.text, "label": sources.LABELS[p >= config.threshold], "p_unsafe": p,
-           "document": piece.document, "piece": piece.piece}
+           "document": piece.document, "piece": piece.piece, "idea": piece.idea}
           for piece, p in zip(chunk, (round(p, 6) for p in probabilities.tolist()))]
       records.append(lines)
       malicious += _malicious(lines)

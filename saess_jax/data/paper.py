@@ -114,8 +114,9 @@ def _rows(lima: tuple[str, bytes], alpaca: tuple[str, bytes], alert: tuple[str, 
     if len(rows) != ORIGINS[name].rows:
       logging.warning("%s has %d different prompts; as published it has %d.", name, len(rows), ORIGINS[name].rows)
   dialogues = [row for row in dialogues if not is_safety_item(row, known)]
-  said = {row.prompt for row in dialogues}
-  instructions = [row for row in instructions if row.prompt not in said and not is_safety_item(row, known)]
+  said = {sources.request_key(row.prompt) for row in dialogues}
+  instructions = [
+      row for row in instructions if sources.request_key(row.prompt) not in said and not is_safety_item(row, known)]
   count = min(per_label, len(malicious), len(dialogues) + len(instructions))
   if count < per_label:
     logging.warning(
@@ -133,15 +134,16 @@ def _rows(lima: tuple[str, bytes], alpaca: tuple[str, bytes], alert: tuple[str, 
 
 
 def _hold_out(rows: list[Row]) -> dict[str, list[Row]]:
-  """Of each label the rows whose prompts have the lowest hashes are for validation."""
+  """Of each label the rows whose prompts (`sources.request_key`) have the lowest hashes are for validation."""
   validation = set()
   for label in range(len(sources.LABELS)):
-    prompts = [row.prompt for row in rows if row.label == label]
+    prompts = [sources.request_key(row.prompt) for row in rows if row.label == label]
     prompts.sort(key=lambda prompt: hashlib.sha256(f"{SEED}\n{prompt}".encode()).digest())
     validation.update(prompts[: max(1, len(prompts) // VALIDATION)])
+  held_out = [sources.request_key(row.prompt) in validation for row in rows]
   return {
-      "train": [row for row in rows if row.prompt not in validation],
-      "validation": [row for row in rows if row.prompt in validation]}
+      "train": [row for row, out in zip(rows, held_out) if not out],
+      "validation": [row for row, out in zip(rows, held_out) if out]}
 
 
 def is_safety_item(row: Row, malicious: set[str]) -> bool:
@@ -186,7 +188,7 @@ def _alpaca(name: str, content: bytes) -> list[Row]:
     if not isinstance(record.get("output"), str):
       raise ValueError(f"{where}: output is {record.get('output')!r}; expected text.")
     if record["output"].strip():  # A few have no answer, and so nothing to learn from.
-      rows.append(Row(prompt, record["output"], 0, "", name))
+      rows.append(Row(prompt, _filled(record["output"], f"{where}: output"), 0, "", name))
   return rows
 
 
@@ -217,6 +219,7 @@ def _text(name: str, content: bytes) -> str:
 def _filled(value: Any, where: str) -> str:
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{where} is {value!r:.60}; expected text.")
+  sources.check_unicode(value, where)
   return value
 
 

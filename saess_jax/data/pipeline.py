@@ -52,10 +52,10 @@ def build_examples(
   """One example a row, and a second one for each malicious row that has a rollout.
 
   A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
-  is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response; a
-  rollout that declines a benign request (`rollouts.declines`) counts as none.
+  is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response,
+  else its query alone; a rollout that declines a benign request (`rollouts.declines`) counts as none.
   With `data.refusal_depth` a malicious row without a refusal gives its query alone in the refusal's place.
-  With `data.opener_depth` half of these refusals, and half of the benign rollouts, stand behind an attacker's opener
+  With `data.opener_depth` half of these refusals, and half of the benign answers, stand behind an attacker's opener
   (`openers.draw`) instead of the row's own beginning.
   With `data.responses` "rollouts" a row that has none gives its query alone, with `data.bare_queries` without what
   stands before its turn. `data.disguises` puts some of these into other writings and `data.frames` others into frames
@@ -125,11 +125,11 @@ def build_examples(
       before, refusal = _refusal(tokenizer, row, beginning, config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
-    elif len(rollout):
-      opener = _opener(tokenizer, config, rng)
-      examples.append(example(row, np.concatenate([opener, rollout]), "benign", len(opener)))
+    elif len(rollout) or row.response:
+      opener, answer = _opener(tokenizer, config, rng), rollout if len(rollout) else encode_response(row.response)
+      examples.append(example(row, np.concatenate([opener, answer]), "benign", len(opener)))
     else:
-      examples.append(example(row, encode_response(row.response), "benign", 0))
+      examples.append(example(row, None, "none", 0))
     if row.label and len(rollout):
       examples.append(example(row, rollout, "harmful", len(rollout)))
   if config.objective == "saess":

@@ -37,8 +37,9 @@ def draw_probes(
       tell written from sampled).
 
   Returns:
-    views int32 [P, 3], labels float32 [P], weights float32 [P]: 0 for a view without query that holds fewer than
-    `min_window` tokens, else 1, or `benign_weight` for a benign one without query.
+    views int32 [P, 3], labels float32 [P], weights float32 [P]: 0 for a view of no response tokens (the query's own
+    verdict counts already) and for one without query that holds fewer than `min_window`, else 1, or `benign_weight` for
+    a benign one without query.
 
   Raises:
     ValueError: an unknown trajectory.
@@ -49,7 +50,7 @@ def draw_probes(
   views = np.array([_draw_view(rule, num_tokens, safety, probes, rng) for rule in rules], np.int32).reshape(-1, 3)
   sees_query, sizes = views[:, 0] > 0, views[:, 2] - views[:, 1]
   labels = sees_query | (trajectory == "harmful") if trajectory != "benign" else np.zeros_like(sees_query)
-  counts = sees_query | ((sizes >= probes.min_window) & (trajectory != "interrupted"))
+  counts = (sizes > 0) & (sees_query | ((sizes >= probes.min_window) & (trajectory != "interrupted")))
   weights = counts * np.where(labels | sees_query, 1.0, probes.benign_weight)
   return views, labels.astype(np.float32), weights.astype(np.float32)
 

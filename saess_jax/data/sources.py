@@ -7,6 +7,9 @@ in the order of `PROMPT_COLUMNS` is the prompt (`RESPONSE_COLUMNS` likewise, bot
 behaviors) stands before it as HarmBench puts it. `label` takes one of `LABEL_WORDS`. A `.txt` file holds one prompt a
 line and no labels.
 
+A column `split` (train, validation or test), of every row or of none, says where rows belong; without one
+`split_rows` divides them.
+
 A `target` beside a `goal` (AdvBench, JailbreakBench) is what white-box attacks want to hear in answer to it.
 
 A row that names a request (`REQUEST_COLUMNS`) beside its prompt is an attack's: the prompt asks for what is named.
@@ -56,6 +59,8 @@ class Row:
   idea: str = dataclasses.field(default="", compare=False, repr=False)
   # What white-box attacks want an answer to begin with; "": the file names nothing.
   target: str = dataclasses.field(default="", compare=False, repr=False)
+  # Where its file puts it; "": that is left to `split_rows`.
+  split: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
@@ -69,7 +74,8 @@ def read_rows(paths: str, default_label: str | int | None = None) -> list[Row]:
   Raises:
     FileNotFoundError: a file that does not exist.
     ValueError: another ending, an empty file, a malformed row (file, line and fault are named), no prompt column, an
-      unknown label word, or a missing label, without a `default_label` or in a file whose other rows have one.
+      unknown label word or split, two columns of one name, a missing label, without a `default_label` or in a file
+      whose other rows have one, or a missing split in such a file.
   """
   names = [name.strip() for name in paths.split(",") if name.strip()]
   if not names:
@@ -136,21 +142,22 @@ def embedded_rows(split: str, path: str | None = None) -> list[Row]:
   return rows
 
 
-def split_rows(rows: Sequence[Row], seed: int = 0) -> dict[str, list[Row]]:
-  """Divides rows 80/10/10 into train, validation and test by a hash of the idea, or else the prompt, and `seed`.
+def split_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Divides rows 80/10/10 into train, validation and test by a hash of the idea, or else the prompt, but for rows whose
+  file says where they belong.
 
-  A prompt stays in its split when rows are added or reordered, and equal prompts are never on both sides (nor are rows
-  of one idea, but for a prompt that stands under another idea first). The shares of a small file are therefore
-  approximate; a split without rows is left out.
+  A prompt stays in its split when rows are added or reordered, and equal ones (`request_key`) are never on both sides:
+  they go where the first of them is. Nor are rows of one idea, but for such prompts. The shares of a small file are
+  therefore approximate; a split without rows is left out.
   """
-  about: dict[str, str] = {}
+  at: dict[bytes, str] = {}
   for row in rows:
-    about.setdefault(row.prompt, row.idea or row.prompt)
-  by_split = {split: [row for row in rows if _split_of(about[row.prompt], seed) == split] for split in SPLITS}
+    at.setdefault(_digest(row), row.split or _split_of(request_key(row.idea or row.prompt)))
+  by_split = {split: [row for row in rows if at[_digest(row)] == split] for split in SPLITS}
   return {split: kept for split, kept in by_split.items() if kept}
 
 
-def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
+def read_splits(source: str) -> dict[str, list[Row]]:
   """Rows by split of "embedded", of files (`read_rows`, `split_rows`), or of both: "embedded,plain,mine.csv".
 
   A warning says how many rows of files' train split are prompts of the embedded test split.
@@ -160,7 +167,7 @@ def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
   """
   names = [name.strip() for name in source.split(",")]
   files = ",".join(name for name in names if name != "embedded")
-  by_split, embedded = split_rows(read_rows(files), seed) if files else {}, _embedded_splits()
+  by_split, embedded = split_rows(read_rows(files)) if files else {}, _embedded_splits()
   tests = {request_key(row.prompt) for row in embedded["test"]}
   known = [row for row in by_split.get("train", ()) if request_key(row.prompt) in tests]
   if known:
@@ -172,14 +179,14 @@ def read_splits(source: str, seed: int = 0) -> dict[str, list[Row]]:
   return {split: rows + by_split.get(split, []) for split, rows in embedded.items()}
 
 
-def load_split(source: str, split: str, seed: int = 0) -> list[Row]:
+def load_split(source: str, split: str) -> list[Row]:
   """One split of what `read_splits` reads.
 
   Raises:
     ValueError, FileNotFoundError: an unknown split, one without rows, or what `read_splits` raises.
   """
   _check_split(split)
-  by_split = read_splits(source, seed)
+  by_split = read_splits(source)
   if split not in by_split:
     rows = sum(map(len, by_split.values()))
     raise ValueError(f"None of the {rows} rows of {source} falls into the {split} split; add rows.")
@@ -199,8 +206,7 @@ def require_one_label(rows: Iterable[Row]) -> None:
   """Raises ValueError for a prompt that is there under both labels, white space at the ends and case aside."""
   first: dict[bytes, Row] = {}
   for row in rows:
-    key = hashlib.sha256(request_key(row.prompt).encode()).digest()  # It may be a whole document.
-    other = first.setdefault(key, row)
+    other = first.setdefault(_digest(row), row)
     if row.label != other.label:
       raise ValueError(
           f"The prompt {row.prompt[:100]!r} is {LABELS[other.label]} in {other.source} and {LABELS[row.label]} in "
@@ -228,8 +234,7 @@ def _embedded_splits(path: str | None = None) -> dict[str, list[Row]]:
   by_split = {split: [] for split in SPLITS}
   for file in sorted((entry for entry in folder.iterdir() if entry.name.endswith(".jsonl")), key=lambda f: f.name):
     for line, record in read_jsonl(file.read_text(encoding="utf-8"), file.name):
-      if record.get("split") not in SPLITS:
-        raise ValueError(f"{file.name}:{line}: split is {record.get('split')!r}; expected one of {', '.join(SPLITS)}.")
+      _check_split(record.get("split"), f"{file.name}:{line}: ")
       by_split[record["split"]].append(dataclasses.replace(
           _row(record, file.name, line, None), source=str(record.get("source", file.name))))
   return by_split
@@ -241,13 +246,18 @@ def _files_of(name: str) -> list[pathlib.Path]:
   return [pathlib.Path(name).expanduser()]
 
 
-def _check_split(split: str) -> None:
+def _check_split(split: Any, where: str = "") -> None:
   if split not in SPLITS:
-    raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
+    raise ValueError(f"{where}split is {split!r}; expected one of {', '.join(SPLITS)}.")
 
 
-def _split_of(about: str, seed: int) -> str:
-  share = int.from_bytes(hashlib.sha256(f"{seed}\n{about}".encode()).digest()[:8], "big") / 2**64
+def _digest(row: Row) -> bytes:
+  """Equal for rows whose prompts count as the same; a prompt may be a whole document."""
+  return hashlib.sha256(request_key(row.prompt).encode()).digest()
+
+
+def _split_of(about: str) -> str:
+  share = int.from_bytes(hashlib.sha256(f"0\n{about}".encode()).digest()[:8], "big") / 2**64
   return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
 
 
@@ -281,6 +291,9 @@ def read_csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
   reader = csv.DictReader(io.StringIO(text), strict=True)
   records = []
   try:
+    columns = [column for column in reader.fieldnames or () if column.strip()]
+    if len(set(columns)) < len(columns):
+      raise ValueError(f"{name}: two columns have one name, of {', '.join(columns)}.")
     for record in reader:
       if None in record:
         raise ValueError(
@@ -346,14 +359,20 @@ def fields_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(records: Sequence[tuple[int, dict[str, Any]]], name: str, default_label: int | None) -> list[Row]:
-  """The rows of one file: where any has a label, all must."""
+  """The rows of one file: where any has a label, all must, and where any has a split."""
   labelled = any(fields_of(record).get("label") not in (None, "") for _, record in records)
-  return [_row(record, name, line, None if labelled else default_label) for line, record in records]
+  rows = [_row(record, name, line, None if labelled else default_label) for line, record in records]
+  if any(row.split for row in rows) and not all(row.split for row in rows):
+    line = next(line for (line, _), row in zip(records, rows) if not row.split)
+    raise ValueError(f"{name}:{line}: no split, which other rows have; fill the column, or leave it out.")
+  return rows
 
 
 def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
   where = f"{name}:{line}"
   fields = fields_of(record)
+  if len(fields) < len(record):
+    raise ValueError(f"{where}: two columns have one name, case and white space aside, of {', '.join(record)}.")
   column = next((column for column in PROMPT_COLUMNS if column in fields), None)
   if column is None:
     raise ValueError(
@@ -362,7 +381,7 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
     raise ValueError(f"{where}: {column} is {fields[column]!r}; expected text.")
   prompt = _in_context(fields, column)
   check_unicode(prompt, f"{where}: {column}")
-  response = next((fields[column] for column in RESPONSE_COLUMNS if fields.get(column)), "")
+  response = next((fields[column] for column in RESPONSE_COLUMNS if str(fields.get(column) or "").strip()), "")
   if not isinstance(response, str):
     raise ValueError(f"{where}: the response is {response!r}; expected text.")
   check_unicode(response, f"{where}: the response")
@@ -381,7 +400,9 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
   category, idea = (str(fields.get(column) or "") for column in ("category", "idea"))
   for column, text in (("target", target), ("category", category), ("idea", idea)):
     check_unicode(text, f"{where}: {column}")
-  return Row(prompt, response, label, category, name, idea, target.strip())
+  if (split := fields.get("split") or ""):
+    _check_split(split, f"{where}: ")
+  return Row(prompt, response, label, category, name, idea, target.strip(), split)
 
 
 def check_unicode(text: str, what: str) -> None:
