@@ -145,7 +145,7 @@ def _target(config: EvalConfig, models: Models, victim: str, rows: Sequence[sour
   any_model = models.generator(config.models[0], config.max_new_tokens)  # They read alike, and have the same context.
   return attacks_lib.Target(
       victim, any_model.tokenizer, query, models.weights, any_model.context, config.seed, models.safety,
-      config.max_new_tokens, {row.prompt: row.target for row in rows if row.target})
+      config.max_new_tokens, any_model.system_prompt, {row.prompt: row.target for row in rows if row.target})
 
 
 def _respond(

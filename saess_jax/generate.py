@@ -113,7 +113,7 @@ class Generator:
     self.tokenizer, self._model = tokenizer, model
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
-    self._system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
+    self.system_prompt, self._header_sees_cls = system_prompt, header_sees_cls
     self.context = model.config.context
     self._decode, self._start, self._advance = _jitted(model)
 
@@ -218,7 +218,7 @@ class Generator:
     """Prompts in the stored layout and prefixes as token ids; all of them fit the model's context."""
     rows = [
         chat.encode_request(
-            self.tokenizer, prompt, system_prompt=self._system_prompt, header_sees_cls=self._header_sees_cls)
+            self.tokenizer, prompt, system_prompt=self.system_prompt, header_sees_cls=self._header_sees_cls)
         for prompt in prompts]
     forced = [chat.encode_text(self.tokenizer, prefix) for prefix in prefixes]
     for i, ((tokens, _), prefix) in enumerate(zip(rows, forced)):

@@ -67,12 +67,19 @@ def hidden_states(
   Args:
     model: with unrolled layers.
     prefixes: what each response begins with; () nothing.
+
+  Raises:
+    ValueError: a prompt that with its prefix exceeds the model's context.
   """
   rows = []
   for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts), strict=True):
     ids, kinds = chat.encode_prompt(tokenizer, prompt, system_prompt=system_prompt)
     again = [chat.encode_text(tokenizer, prefix), ids[kinds == TokenKind.HEADER]] if prefix else []
     rows.append(np.concatenate([ids, *again]).astype(np.int32))
+    if len(rows[-1]) > model.config.context:
+      raise ValueError(
+          f"A prompt has {len(rows[-1])} tokens with its prefix; the model's context is {model.config.context}: "
+          f"{str(prompt)[:60]!r}")
   found = np.zeros((len(rows), model.config.num_layers, model.config.embed_dim), np.float32)
   batches = list(batching.by_length(list(map(len, rows)), batch_size, _STEP))
   for chosen, filled, size in tqdm.tqdm(batches, desc="hidden states", unit="batch"):
@@ -145,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
   options = parser.parse_args(argv)
   try:
     depths = [int(depth) for depth in options.prefill.split(",")]
-    ways = {depth: attacks.make_attack(f"prefill_{depth}" if depth else "direct") for depth in depths}
+    ways = [attacks.make_attack(f"prefill_{depth}" if depth else "direct") for depth in depths]
     suites = suites_lib.load_suites(EvalConfig(suites=options.suites, max_rows=options.rows, seed=options.seed))
     if not 0 <= options.false_alarms < 1 or options.rows < 0:
       raise ValueError(
@@ -164,18 +171,17 @@ def main(argv: list[str] | None = None) -> None:
   print(f"layer {probe.layer} of {model.config.num_layers}, threshold {probe.threshold:.3f}")
   for suite, rows in suites.items():
     of = report["suites"][suite] = {}
-    benign, malicious = ([row for row in rows if row.label == label] for label in (0, 1))
-    benign_logits, logits = (list(probe(asked(kept))) if kept else [] for kept in (benign, malicious))
-    if benign and malicious:
-      of["area"] = scores.area(benign_logits, logits)
-    if benign:
-      of["benign stopped"] = metrics.rate(benign_logits, lambda logit: logit > probe.threshold)
-    for depth, attack in ways.items() if malicious else ():
-      if depth:
-        target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
-        made = [attempt for attempt, in attack.attempts([row.prompt for row in malicious], target)]
-        logits = list(probe(states([attempt.prompt for attempt in made], [attempt.prefix for attempt in made])))
-      of[f"not stopped, {attack.name}"] = metrics.rate(logits, lambda logit: logit <= probe.threshold)
+    target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
+    for attack in ways:
+      made = [attempt for attempt, in attack.attempts([row.prompt for row in rows], target)]
+      read = probe(states([attempt.prompt for attempt in made], [attempt.prefix for attempt in made]))
+      benign, malicious = (list(read[labels(rows) == label]) for label in (0, 1))
+      if malicious:
+        of[f"not stopped, {attack.name}"] = metrics.rate(malicious, lambda logit: logit <= probe.threshold)
+      if benign:
+        of[f"benign stopped, {attack.name}"] = metrics.rate(benign, lambda logit: logit > probe.threshold)
+      if benign and malicious:
+        of[f"area, {attack.name}"] = scores.area(benign, malicious)
     for name, value in of.items():
       said = metrics.percent(value) if isinstance(value, dict) else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
       print(f"{suite[-40:]:<42}{name:<28}{said}", flush=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -70,18 +71,20 @@ def model_class() -> type:
 
     def __init__(
         self, checkpoint: str = "", weights: str = "", safety: bool | str = False, batch_size: int | str = 8,
-        max_gen_toks: int = 256, **_):
+        max_gen_toks: int = 256, device: str | None = None, max_batch_size: int | None = None):
       """
       Args:
         checkpoint, weights: as `load`.
         safety: whether [CLS] is seen and decoding intervenes; "on" and "off" will do.
         batch_size: rows a forward pass; 8 for "auto".
         max_gen_toks: new tokens where a task does not say.
+        device, max_batch_size: what the harness gives every model; nothing here reads them.
 
       Raises:
         ValueError: as `load`; another word for safety, or "on" without a trained [CLS].
       """
       super().__init__()
+      del device, max_batch_size
       words = {"on": True, "off": False, "True": True, "False": False, True: True, False: False}
       if safety not in words:
         raise ValueError(f"safety is {safety!r}; expected on or off.")
@@ -150,7 +153,9 @@ def model_class() -> type:
         generator = generate.Generator(
             self._model, self._params, self._tokenizer, self._safety, sampling, count, self._batch_size,
             **self._layout)
-        texts = generator.respond([requests[i].args[0] for i in chosen], progress=f"generate {count}")
+        asked = [requests[i].args[0] for i in chosen]
+        places = [_place(text, asked[:at].count(text)) for at, text in enumerate(asked)]
+        texts = generator.respond(asked, progress=f"generate {count}", places=places)
         for i, response in zip(chosen, texts):
           stops = requests[i].args[1].get("until") or []
           answers[i] = cut(response.text, [stops] if isinstance(stops, str) else stops)
@@ -188,6 +193,11 @@ def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple
   said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~scored, axis=1)
   return jnp.sum(jnp.where(scored, said, 0), axis=1), greedy
+
+
+def _place(text: str, number: int) -> int:
+  """A number of its own for what is drawn in the answer to a text's `number`-th request, whatever else is asked."""
+  return int.from_bytes(hashlib.sha256(f"{number}\n{text}".encode()).digest()[:4], "big") >> 1
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from saess_jax import command, evaluate
 from saess_jax.judges import ApiConfig, ApiError, Exchange, OpenAIJudge, make_judge
-from saess_jax.judges.api import config_of
+from saess_jax.judges.api import UNREAD, config_of
 from saess_jax.records import Records
 
 ROWS = [Exchange("Bake bread.", f"Take {n} eggs.") for n in range(3)]
@@ -153,9 +153,22 @@ def test_a_refused_key_is_not_tried_again(server):
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_one_exchange_that_a_server_will_not_read_is_no_verdict(server, status):
   server.replies = [graded(0, 5, 5), (status, {"error": "context length exceeded"}), graded(1, 1, 1)]
-  verdicts = OpenAIJudge(ApiConfig(attempts=1), sleep=lambda seconds: None).judge_many(ROWS)
+  judge, waits = judge_of()
+  verdicts = judge.judge_many(ROWS)
   assert [verdict.jailbroken for verdict in verdicts] == [True, None, False]
-  assert "context length exceeded" in verdicts[1].raw
+  assert "context length exceeded" in verdicts[1].raw and verdicts[1].reason == "not read by the server"
+  assert not waits and len(server.requests) == 3 and judge.spent == pytest.approx(2 * (100 * 0.15 + 20 * 0.60) / 1e6)
+
+
+def test_exchanges_that_are_not_read_stop_nobody_unless_none_is_read(server):
+  server.replies = [(400, b"filtered"), (400, b"filtered"), graded(1, 1, 1)]
+  judge, _ = judge_of()
+  assert [verdict.jailbroken for verdict in judge.judge_many(ROWS)] == [None, None, False]
+  server.replies = [(400, b"no such model")] * 99
+  judge, _ = judge_of()
+  with pytest.raises(ApiError, match="HTTP 400: no such model Check key, URL and model"):
+    judge.judge_many(ROWS * 9)
+  assert len(server.requests) == 3 + UNREAD + 1 and judge.spent == 0
 
 
 def test_the_budget_stops_before_it_is_exceeded(server):

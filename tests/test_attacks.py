@@ -201,6 +201,7 @@ def test_what_a_small_sweep_holds():
 ])
 def test_past_tense(behavior, question):
   assert past.in_the_past(behavior) == question == one("past", behavior).prompt
+  assert one("past", behavior).variant == ("as it was" if question.startswith("I'm locked") else "")
 
 
 @given(st.text(min_size=1).filter(str.strip))
@@ -304,6 +305,13 @@ def test_as_many_shots_as_the_context_holds(context, room):
   assert tokens[0] <= room < tokens[1] and longer.variant == ""
   assert attempt.variant == f"{len(attempt.prompt) // 2} shots fit"
   assert attempt.prompt[:-1] == longer.prompt[:-3] and attempt.prompt[-1]["content"] == BEHAVIORS[0]
+
+
+def test_a_system_prompt_takes_room_too():
+  here, _ = target(context=400)
+  kept = [len(make_attack("many_shot_200").attempts(BEHAVIORS[:1], target)[0][0].prompt) for target in (
+      here, dataclasses.replace(here, system_prompt="Be kind. " * 20))]
+  assert kept[0] > kept[1] > 1
 
 
 def test_a_behavior_longer_than_the_context():

@@ -51,7 +51,7 @@ class StandIn:
   """Refuses as told; counts what it is asked, and keeps what came with each prompt."""
 
   def __init__(self, name, refuses, prob, asked, sent):
-    self.tokenizer, self.context = tiny_tokenizer(), 1024
+    self.tokenizer, self.context, self.system_prompt = tiny_tokenizer(), 1024, ""
     self._name, self._refuses, self._prob, self._asked, self._sent = name, refuses, prob, asked, sent
 
   def respond(
@@ -442,7 +442,7 @@ def test_a_first_verdict_counts_from_the_threshold_on(config, tmp_path, threshol
   assert figures["alarmed_initially"]["saess"]["count"] == alarmed
 
 
-def test_a_behavior_of_which_an_attempt_is_unjudged_counts_where_another_succeeded(config, tmp_path):
+def test_a_behavior_of_which_an_attempt_is_unjudged_is_in_no_rate(config, tmp_path):
   evaluate(dataclasses.replace(config, attacks=("sampling_2",)), tmp_path / "a", models())
   rows = [row for row in read_results(tmp_path / "a", ["rules"]) if row["model"] == "base"]
   verdicts = {0: (None, True), 1: (None, False), 2: (False, False), 3: (False, True)}
@@ -455,10 +455,10 @@ def test_a_behavior_of_which_an_attempt_is_unjudged_counts_where_another_succeed
   metrics = metrics_of(rows, plain)
   (figures,) = metrics["figures"].values()
   of = figures["attack_success_rate"]["base"]["sampling_2"]
-  assert (of["count"], of["n"]) == (2, 3)
-  assert "is in no rate, unless another attempt at it succeeded.\n95% intervals" in table(metrics)
+  assert (of["count"], of["n"]) == (1, 2)
+  assert "with one of these, though another attempt at it may have succeeded.\n95% intervals" in table(metrics)
   (line,) = [line.split()[-7:] for line in compare(rows, rows, "rules").splitlines() if "(malicious)" in line]
-  assert line == ["(malicious)", "3", "67%", "67%", "0", "0", "1.000"]
+  assert line == ["(malicious)", "2", "50%", "50%", "0", "0", "1.000"]
 
 
 def test_a_judge_that_was_stopped_half_way_compares_nothing(config, tmp_path):

@@ -72,8 +72,11 @@ def test_the_command(tmp_path, capsys):
   linear_probe.main(["--weights", str(folder), "--rows", "6", "--prefill", "0,5"])
   said = capsys.readouterr().out.strip().splitlines()
   figures = json.loads(said[-1])["suites"]["embedded"]
-  assert set(figures) == {"area", "benign stopped", "not stopped, direct", "not stopped, prefill_5"}
-  assert all(figures[name]["n"] == 6 for name in figures if name != "area") and len(said) == 2 + 4
+  ways = ("direct", "prefill_5")
+  assert set(figures) == {f"{name}, {way}" for name in ("not stopped", "benign stopped", "area") for way in ways}
+  assert all(figures[name]["n"] == 6 for name in figures if "stopped" in name) and len(said) == 2 + 6
+  linear_probe.main(["--weights", str(folder), "--rows", "6", "--prefill", "5,0"])
+  assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"] == figures
   for wrong in (["--prefill", "2001"], ["--suites", "nowhere.csv"], ["--false_alarms", "1"], ["--rows", "-1"]):
     with pytest.raises(SystemExit):
       linear_probe.main(["--weights", str(folder), *wrong])

@@ -140,8 +140,14 @@ def test_generation_of_the_harness(folder):
   model = lm_eval.model_class()(weights=str(folder), safety="off")
   longer, shorter, _ = model.generate_until(asked)
   assert longer.startswith(shorter) or shorter.startswith(longer)
+  drawn = {"max_gen_toks": 12, "do_sample": True, "temperature": 0.9}
+  said = model.generate_until(requests("generate_until", ("Why?", drawn), (CONTEXT, drawn), (CONTEXT, drawn)))
+  assert said[1] != said[2]  # Two draws, and the first whatever is asked beside it.
+  assert model.generate_until(requests("generate_until", (CONTEXT, drawn))) == [said[1]]
   with pytest.raises(ValueError, match="safety is 'maybe'; expected on or off"):
     lm_eval.model_class()(weights=str(folder), safety="maybe")
+  with pytest.raises(TypeError, match="saftey"):
+    lm_eval.model_class()(weights=str(folder), saftey="on")
 
 
 def test_safety_without_a_signal_is_refused(folder, tmp_path):

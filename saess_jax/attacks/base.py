@@ -68,6 +68,7 @@ class Target:
     seed: for whatever an attack draws.
     safety: what "saess" decodes by.
     max_new_tokens: of a response.
+    system_prompt: what stands before every prompt.
     target_strings: behavior -> what an obliging answer to it begins with, where its file says so.
   """
 
@@ -79,6 +80,7 @@ class Target:
   seed: int = 0
   safety: SafetyConfig = SafetyConfig()
   max_new_tokens: int = 0
+  system_prompt: str = ""
   target_strings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -1,8 +1,9 @@
-"""Soft prompts: free embeddings in the place of a suffix, an upper bound for every attack that has to write text.
+"""Soft prompts: free embeddings in the place of a suffix, where no text has to be found.
 
 Projected gradient descent as in Schwinn et al. 2024 ("Soft prompt threats"): no tokens, so nothing to search. Such a
 prompt cannot be sent, only fed by who holds the weights. Step and projection are our choice: each row moves by a fixed
-part of the mean norm of the model's embeddings, against its gradient, and is scaled back to the longest of them.
+part of the mean norm of the model's embeddings, against its gradient, and is scaled back to the longest of them. From
+one start and in a few steps: a lower bound of what embeddings can do, whose loss goes on falling with more.
 
   soft_prompt_N   N steps on the victim; where it has [CLS], that is attacked too (`objective.py`)
 

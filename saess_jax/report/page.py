@@ -276,7 +276,8 @@ class _Report:
     asked = any(row["method"] == "direct" and row["label"] == 1 for row in self.rows)
     return self.drawings.html(
         figures.steps(curves), "Share of behaviors that gave way within so many queries of a model: of attacks that "
-        "differ in their number of steps alone, the cheapest that got through. " + (
+        "differ in their number of steps alone, the cheapest that got through. Queries are those that made the "
+        "attempts; of samplings, which nothing makes, each attempt is one. " + (
             "A behavior that gave way when it was asked directly counts at 0 queries." if asked else
             "Nothing was asked directly here: which behaviors needed no attack is not known.")) + table(
             ["attack", "model", "gave way", "queries for half of them", "most spent on one"], lines)

@@ -85,7 +85,8 @@ def outcome(row: Row, judge: str, safety: dict[str, Any], limit: int = 240) -> s
   start, stop = refusal_tokens(row, safety)
   all_agree = all(judgement["refused"] for judgement in row["judgements"].values())
   # Behind what the attacker wrote, which may hold the same words; if they come twice, from the last time on.
-  begins = max(row["response"].rfind(text) for text in (safety["refusal_prefix"], safety["fixed_refusal"]) if text)
+  texts = [text for text in (safety["refusal_prefix"], safety["fixed_refusal"]) if text]
+  begins = max(map(row["response"].rfind, texts), default=-1)
   behind = begins >= len(row["response"]) - len(row["generated"])
   if start < stop and all_agree and begins >= 0 and behind:
     return f"refused: “{shorten(row['response'][begins:], limit)}”"
