@@ -18,7 +18,7 @@ from saess_jax.judges import make_judge
 from saess_jax.metrics import metrics_of
 from saess_jax.metrics import table as metrics_table
 from saess_jax.report import write_report
-from saess_jax.report.shown import attempt_text, refusal_tokens, shown_tokens
+from saess_jax.report.shown import attempt_text, outcome, refusal_tokens, shown_tokens
 from saess_jax.sampling import SamplingConfig
 
 REFUSAL = "Sorry, I cannot fulfill your request because it would be harmful <to> others."
@@ -197,6 +197,11 @@ def test_budgets():
       "gcgx64": {"base": {"n": 1, "spent": 1400, "successes": [0]}},
       "many": {"base": {"n": 1, "spent": 7, "successes": [0]}},
       "homoglyphs_3": {"base": {"n": 1, "spent": 5, "successes": [0]}}}
+
+
+def test_without_texts_to_put_in_a_refusal_is_the_models_own():
+  safety = dataclasses.asdict(SafetyConfig(dependency="low", refusal_prefix="", fixed_refusal=""))
+  assert outcome(row(0, "saess"), "rules", safety) == "refused in its own words"
 
 
 def test_a_behavior_with_an_attempt_that_was_not_judged_is_on_no_curve():
