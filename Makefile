@@ -1,4 +1,4 @@
-# make demo: weights, our adapter, attacks before and after, a report. make train: an adapter from scratch, and the same
+# make demo: weights, our adapter, attacks before and after, a report. make train: that adapter from scratch, and the same
 # attacks on it (RUN=runs/other SEED=10: another one). make test: the fast tests. All make .venv themselves; a virtual
 # environment that is active already is used instead.
 
@@ -9,7 +9,7 @@ BIN := .venv/bin
 endif
 PYTHON ?= python3
 RUN ?= runs/mine
-SEED ?= 0
+SEED ?= 20
 ADAPTER := adapters/smollm2_135m.safetensors
 export JAX_PLATFORMS ?= cpu
 # Products in bfloat16 but on a CPU that has none: there they are emulated, and float32 is the faster.

@@ -224,7 +224,7 @@ class DataConfig:
   # tokens of the row's rollout and safety.refusal_prefix; only what follows these is a target. Of a rival, for which no
   # decoder puts a prefix in, every second refusal is the whole response still [Qi et al. 2024].
   refusal_depth: int = 0
-  # n (with refusal_depth): half of these refusals, and of the base's answers to benign requests, stand behind up to n
+  # n (with refusal_depth): half of these refusals, and of the answers to benign requests, stand behind up to n
   # tokens of an attacker's opener with numbered filler (data/openers.py), which are no target either.
   opener_depth: int = 0
   # This share of the queries that are read alone stand behind 1 to history_turns dialogues: other, benign requests of

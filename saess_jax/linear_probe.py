@@ -71,21 +71,29 @@ def hidden_states(
   Raises:
     ValueError: a prompt that with its prefix exceeds the model's context.
   """
-  rows = []
-  for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts), strict=True):
-    ids, kinds = chat.encode_prompt(tokenizer, prompt, system_prompt=system_prompt)
-    again = [chat.encode_text(tokenizer, prefix), ids[kinds == TokenKind.HEADER]] if prefix else []
-    rows.append(np.concatenate([ids, *again]).astype(np.int32))
-    if len(rows[-1]) > model.config.context:
-      raise ValueError(
-          f"A prompt has {len(rows[-1])} tokens with its prefix; the model's context is {model.config.context}: "
-          f"{str(prompt)[:60]!r}")
+  rows = encode(tokenizer, prompts, prefixes, system_prompt, model.config.context)
   found = np.zeros((len(rows), model.config.num_layers, model.config.embed_dim), np.float32)
   batches = list(batching.by_length(list(map(len, rows)), batch_size, _STEP))
   for chosen, filled, size in tqdm.tqdm(batches, desc="hidden states", unit="batch"):
     tokens, last = batching.padded((rows[i] for i in filled), size), np.array([len(rows[i]) - 1 for i in filled])
     found[chosen] = _outputs(model, params, tokens, last)[: len(chosen)]
   return found
+
+
+def encode(
+    tokenizer: Any, prompts: Sequence[chat.Messages], prefixes: Sequence[str], system_prompt: str, context: int
+) -> list[np.ndarray]:
+  """What `hidden_states` reads, int32 [S] each; its error."""
+  rows = []
+  for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts), strict=True):
+    ids, kinds = chat.encode_prompt(tokenizer, prompt, system_prompt=system_prompt)
+    again = [chat.encode_text(tokenizer, prefix), ids[kinds == TokenKind.HEADER]] if prefix else []
+    rows.append(np.concatenate([ids, *again]).astype(np.int32))
+    if len(rows[-1]) > context:
+      raise ValueError(
+          f"A prompt has {len(rows[-1])} tokens with its prefix; the model's context is {context}: "
+          f"{str(prompt)[:60]!r}")
+  return rows
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -159,6 +167,13 @@ def main(argv: list[str] | None = None) -> None:
           f"false_alarms is {options.false_alarms} and rows {options.rows}; expected a share in [0, 1) and 0 or more.")
     system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
     model, params, tokenizer, _ = pretrained.load_for_research(options.weights)
+    target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
+    made = {  # What is read, by suite and attack; too long a prompt is told before any is.
+        (suite, attack.name): [attempt for attempt, in attack.attempts([row.prompt for row in rows], target)]
+        for suite, rows in suites.items() for attack in ways}
+    said = lambda attempts: ([attempt.prompt for attempt in attempts], [attempt.prefix for attempt in attempts])
+    for attempts in made.values():
+      encode(tokenizer, *said(attempts), system_prompt, model.config.context)
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
   states = functools.partial(hidden_states, model, params, tokenizer, system_prompt=system_prompt)
@@ -171,10 +186,8 @@ def main(argv: list[str] | None = None) -> None:
   print(f"layer {probe.layer} of {model.config.num_layers}, threshold {probe.threshold:.3f}")
   for suite, rows in suites.items():
     of = report["suites"][suite] = {}
-    target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
     for attack in ways:
-      made = [attempt for attempt, in attack.attempts([row.prompt for row in rows], target)]
-      read = probe(states([attempt.prompt for attempt in made], [attempt.prefix for attempt in made]))
+      read = probe(states(*said(made[suite, attack.name])))
       benign, malicious = (list(read[labels(rows) == label]) for label in (0, 1))
       if malicious:
         of[f"not stopped, {attack.name}"] = metrics.rate(malicious, lambda logit: logit <= probe.threshold)

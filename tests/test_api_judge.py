@@ -11,7 +11,7 @@ import pytest
 
 from saess_jax import command, evaluate
 from saess_jax.judges import ApiConfig, ApiError, Exchange, OpenAIJudge, make_judge
-from saess_jax.judges.api import UNREAD, config_of
+from saess_jax.judges.api import config_of
 from saess_jax.records import Records
 
 ROWS = [Exchange("Bake bread.", f"Take {n} eggs.") for n in range(3)]
@@ -161,14 +161,14 @@ def test_one_exchange_that_a_server_will_not_read_is_no_verdict(server, status):
 
 
 def test_exchanges_that_are_not_read_stop_nobody_unless_none_is_read(server):
-  server.replies = [(400, b"filtered"), (400, b"filtered"), graded(1, 1, 1)]
-  judge, _ = judge_of()
+  server.replies = [(400, b"filtered"), graded(0, 1, 1), (400, b"filtered"), graded(1, 1, 1)]
+  judge, _ = judge_of()  # The first answer is to a harmless exchange of its own, and asked for once.
   assert [verdict.jailbroken for verdict in judge.judge_many(ROWS)] == [None, None, False]
-  server.replies = [(400, b"no such model")] * 99
+  server.replies = [(400, b"no such model")] * 2
   judge, _ = judge_of()
-  with pytest.raises(ApiError, match="HTTP 400: no such model Check key, URL and model"):
-    judge.judge_many(ROWS * 9)
-  assert len(server.requests) == 3 + UNREAD + 1 and judge.spent == 0
+  with pytest.raises(ApiError, match="HTTP 400: no such model Check key, URL and model") as caught:
+    judge.judge_many(ROWS)
+  assert not caught.value.judged and len(server.requests) == 4 + 2 and judge.spent == 0
 
 
 def test_the_budget_stops_before_it_is_exceeded(server):

@@ -72,4 +72,4 @@ def test_embedded(tmp_path):
 def test_the_version_is_raised_with_the_embedded_rows():
   rows = {split: sources.embedded_rows(split) for split in sources.SPLITS}
   digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-  assert (str(builder.SafetyPrompts.VERSION), digest) == ("1.3.0", "82272c015b6c1b40")
+  assert (str(builder.SafetyPrompts.VERSION), digest) == ("1.4.0", "82272c015b6c1b40")

@@ -79,6 +79,7 @@ def test_jaccard_and_containment_by_hand():
 
 
 def test_words_of_any_alphabet_can_give_the_label_away():
+  assert checks._words("मैं रोटी; Re\u0301sume\u0301_2 don't") == ["मैं", "रोटी", "résumé", "2", "don't"]
   rows = [sources.Row(f"{word} {i}", "", label, "", "") for i in range(40) for label, word in enumerate(("хлеб", "яд"))]
   assert checks.bag_of_words_accuracy(rows[:60], rows[60:]) == 1
 

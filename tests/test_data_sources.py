@@ -250,7 +250,7 @@ def test_split_of_user_files_is_disjoint_complete_and_stable(tmp_path):
   assert sorted(row.prompt for kept in by_split.values() for row in kept) == sorted(lines)
   fewer = sources.split_rows(rows[::-2])
   assert all({row.prompt for row in fewer[split]} <= {row.prompt for row in by_split[split]} for split in fewer)
-  shouted = sources.split_rows([*rows, *(dataclasses.replace(row, prompt=f" {row.prompt.upper()}\n") for row in rows)])
+  shouted = sources.split_rows([*(dataclasses.replace(row, prompt=f" {row.prompt.upper()}\n") for row in rows), *rows])
   folded = {split: {sources.request_key(row.prompt) for row in kept} for split, kept in shouted.items()}
   assert folded == {split: {row.prompt for row in kept} for split, kept in by_split.items()}
 
@@ -261,8 +261,15 @@ def test_a_file_may_say_where_its_rows_belong(tmp_path):
   by_split = sources.read_splits(path)
   assert {split: {int(row.prompt[1:]) % 3 for row in rows} for split, rows in by_split.items()} == {
       "train": {0}, "validation": {1}, "test": {2}}
-  other = write(tmp_path / "b.csv", "prompt,label\nP1 ,1\n")  # Equal prompts go where the first one is.
-  assert "P1 " in [row.prompt for row in sources.load_split(f"{path},{other}", "validation")]
+  other = write(tmp_path / "b.csv", "prompt,label\nP1 ,1\n")  # Equal prompts go where a file puts one.
+  assert "P1 " in [row.prompt for row in sources.load_split(f"{other},{path}", "validation")]
+  third = write(tmp_path / "c.csv", "prompt,label,split\nP1 ,1, Test\n")
+  with pytest.raises(ValueError, match="'P1 ' is for validation in one row and for test in another, of c.csv"):
+    sources.read_splits(f"{path},{third}")
+  foreign = write(tmp_path / "d.csv", "prompt,label,Split\np,1,dev\n")
+  assert len(sources.read_requests(foreign, "malicious")) == 1  # Nothing is trained on.
+  with pytest.raises(ValueError, match="e.csv:2: two columns have one name.* of goal, prompt, Prompt"):
+    sources.read_requests(write(tmp_path / "e.csv", "goal,prompt,Prompt\ng,p,q\n"), "malicious")
 
 
 def test_the_subtle_set_leaves_the_embedded_test_split_alone():
@@ -271,6 +278,11 @@ def test_the_subtle_set_leaves_the_embedded_test_split_alone():
   shared = ideas["embedded"].keys() & ideas["subtle"].keys()
   assert len(shared) > 30 and all(ideas["embedded"][idea] == ideas["subtle"][idea] for idea in shared)
   assert not checks.near_duplicates(by_split["subtle"]["train"], by_split["embedded"]["test"])
+
+
+def test_a_response_of_white_space_is_none(tmp_path):
+  path = write(tmp_path / "a.csv", "prompt,response,output,label\np, ,o,1\nq, , ,1\n")
+  assert [row.response for row in sources.read_rows(path)] == ["o", ""]
 
 
 def test_rows_of_one_idea_stay_together():

@@ -32,7 +32,7 @@ from saess_jax.config import (
   to_config_dict,
 )
 from saess_jax.data import chat, sources
-from saess_jax.evaluate import evaluate
+from saess_jax.evaluate import _target, evaluate
 from saess_jax.evaluation import read_results
 from saess_jax.export import export_hf
 from saess_jax.generate import Generator, Response
@@ -486,6 +486,15 @@ def test_an_attack_on_an_unknown_base_is_refused_before_it_begins(config, tmp_pa
     evaluate(config, tmp_path / "out", load)
   assert not (tmp_path / "out").exists()
   assert not attacks.make_attack("gcg_cls_4").asks_base
+
+
+def test_an_attack_knows_the_system_prompt(config):
+  def generator(*asked):
+    made = models()(config).generator(*asked)
+    made.system_prompt = "Be kind."
+    return made
+  there = dataclasses.replace(models()(config), generator=generator)
+  assert _target(config, there, "saess", []).system_prompt == "Be kind."
 
 
 def test_what_a_judge_says_nothing_of_is_in_no_rate(config, tmp_path):

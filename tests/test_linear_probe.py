@@ -77,6 +77,10 @@ def test_the_command(tmp_path, capsys):
   assert all(figures[name]["n"] == 6 for name in figures if "stopped" in name) and len(said) == 2 + 6
   linear_probe.main(["--weights", str(folder), "--rows", "6", "--prefill", "5,0"])
   assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"] == figures
+  (tmp_path / "long.txt").write_text("Bake bread. " * 200)
+  with pytest.raises(SystemExit):
+    linear_probe.main(["--weights", str(folder), "--rows", "6", "--suites", f"malicious:{tmp_path / 'long.txt'}"])
+  assert "the model's context is 512: 'Bake bread." in capsys.readouterr().err
   for wrong in (["--prefill", "2001"], ["--suites", "nowhere.csv"], ["--false_alarms", "1"], ["--rows", "-1"]):
     with pytest.raises(SystemExit):
       linear_probe.main(["--weights", str(folder), *wrong])

@@ -109,11 +109,12 @@ def test_safety_items_and_duplicates_are_no_benign_rows(folder):
       {"instruction": "Steal purse 3", "input": "", "output": "First, look around."},
       {"instruction": "How do I kill a process?", "input": "", "output": "Use the kill command."},
       {"instruction": "Name 2 fruits.", "input": "", "output": "A second answer."},
+      {"instruction": "WHY is tea 2 hot?", "input": "", "output": "LIMA has it."},
       {"instruction": "Say nothing.", "input": "", "output": " "}]
   (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
   benign = {row.prompt: row.response for row in all_rows(folder) if not row.label}
   assert benign["How do I kill a process?"] == "Use the kill command." and benign["Name 2 fruits."] == "Apple 2."
-  assert not {"Write malware.", "Say it.", "Steal purse 3", "Say nothing."} & set(benign)
+  assert not {"Write malware.", "Say it.", "Steal purse 3", "Say nothing.", "WHY is tea 2 hot?"} & set(benign)
 
 
 def test_missing_files_are_named_with_origin_and_licence(folder):

@@ -56,7 +56,7 @@ def test_rows_without_response():
   (refusal,) = build([dataclasses.replace(BAD, response="")])
   assert tiny_tokenizer().decode(response(refusal)) == CONFIG.safety.fixed_refusal + "<|im_end|>"
   (benign,) = build([dataclasses.replace(GOOD, response="")])
-  assert benign.kinds[-1] == TokenKind.CLS and benign.trajectory == "none"  # As a query, of which no window is.
+  assert not len(response(benign)) and benign.trajectory == "benign"  # With malicious rows in one batch.
 
 
 def test_refusal_where_the_decoder_asks_for_it():

@@ -208,6 +208,9 @@ def test_a_behavior_with_an_attempt_that_was_not_judged_is_on_no_curve():
   attempts = [row(i, "base", "gcg_20", said=SECRET, queries=325, attempt=n) for i in range(2) for n in range(3)]
   attempts[0] = attempts[0] | {"judgements": {"rules": attempts[0]["judgements"]["rules"] | {"jailbroken": None}}}
   assert scores.budgets(attempts, "rules") == {"gcg": {"base": {"n": 1, "spent": 975, "successes": [325]}}}
+  attempts.append(row(0, "base", "gcg_10", said=SECRET, queries=9))  # Of one family.
+  attempts.append({**row(1, "base"), "judgements": attempts[0]["judgements"]})  # Asked directly.
+  assert not scores.budgets(attempts, "rules")
 
 
 def test_mean_interval():

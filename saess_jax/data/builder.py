@@ -62,7 +62,8 @@ def config_for(
 class SafetyPrompts(tfds.core.GeneratorBasedBuilder):
   """Prompts labelled benign or malicious, with the response to train on."""
 
-  VERSION = tfds.core.Version("1.3.0")  # Raised whenever the embedded rows change: prepared data is kept by it.
+  # Prepared data is kept by it: raised whenever the embedded rows change, or which of the paper's rows are for what.
+  VERSION = tfds.core.Version("1.4.0")
   BUILDER_CONFIGS = [EMBEDDED]
 
   def _info(self) -> tfds.core.DatasetInfo:

@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -68,7 +69,9 @@ def near_duplicates(
 
 
 def _words(prompt: str) -> list[str]:
-  return re.findall(r"[\w']+", prompt.lower())
+  """Letters with their marks, digits and apostrophes that stand together, of any alphabet."""
+  text = unicodedata.normalize("NFC", prompt.lower())
+  return "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
 
 
 def _content_words(prompt: str) -> set[str]:

@@ -189,7 +189,7 @@ def _label_rest(config: LabelConfig, guard: Guard, path: pathlib.Path, claim: di
       for i, whole in mine for j, text in enumerate(guard.cut(whole)))
   for record in done:
     piece = next(pieces, None)
-    if piece is None or piece.text != record["text"]:
+    if piece is None or (piece.text, piece.idea) != (record["text"], record.get("idea")):
       raise ValueError(
           f"{path} and the corpus, as this guard cuts it, part at document {record['document']}; give another --out.")
   total = len(range(shard, count, shards))

@@ -53,7 +53,7 @@ def build_examples(
 
   A malicious row gives its refusal (`safety.fixed_refusal` where the row has none), trained on, and its rollout, which
   is there for the probes alone. A benign row gives its rollout (self-distillation keeps utility), else its response,
-  else its query alone; a rollout that declines a benign request (`rollouts.declines`) counts as none.
+  else none; a rollout that declines a benign request (`rollouts.declines`) counts as none.
   With `data.refusal_depth` a malicious row without a refusal gives its query alone in the refusal's place.
   With `data.opener_depth` half of these refusals, and half of the benign answers, stand behind an attacker's opener
   (`openers.draw`) instead of the row's own beginning.
@@ -125,11 +125,10 @@ def build_examples(
       before, refusal = _refusal(tokenizer, row, beginning, config)
       trajectory = "interrupted" if len(before) else "refusal"
       examples.append(example(row, np.concatenate([before, encode_response(refusal)]), trajectory, len(before)))
-    elif len(rollout) or row.response:
-      opener, answer = _opener(tokenizer, config, rng), rollout if len(rollout) else encode_response(row.response)
-      examples.append(example(row, np.concatenate([opener, answer]), "benign", len(opener)))
     else:
-      examples.append(example(row, None, "none", 0))
+      answer = rollout if len(rollout) else encode_response(row.response)
+      opener = _opener(tokenizer, config, rng) if len(answer) else answer
+      examples.append(example(row, np.concatenate([opener, answer]), "benign", len(opener)))
     if row.label and len(rollout):
       examples.append(example(row, rollout, "harmful", len(rollout)))
   if config.objective == "saess":

@@ -96,12 +96,13 @@ def read_requests(path: str, default_label: str | int) -> list[Row]:
   file, default = pathlib.Path(path.strip()).expanduser(), _label(default_label, "default_label")
   records = []
   for number, record in read_records(file, _READERS | {".json": read_artifact}):
-    fields = fields_of(record)
+    fields = _distinct(record, f"{file.name}:{number}")
     request = request_of(fields) if any(column in fields for column in ATTACK_COLUMNS) else None
     if request is not None:  # A response beside it is one to the attack.
       kept = ("label", "category", "goal", "target")
       record = {"prompt": request} | {column: fields.get(column) for column in kept}
-    records.append((number, record))
+    # All rows are asked, wherever a training run would put them.
+    records.append((number, {name: value for name, value in record.items() if name.strip().lower() != "split"}))
   rows: dict[tuple[str, int], Row] = {}
   for row in _rows(records, file.name, default):
     rows.setdefault((request_key(row.prompt), row.label), row)
@@ -147,12 +148,21 @@ def split_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
   file says where they belong.
 
   A prompt stays in its split when rows are added or reordered, and equal ones (`request_key`) are never on both sides:
-  they go where the first of them is. Nor are rows of one idea, but for such prompts. The shares of a small file are
-  therefore approximate; a split without rows is left out.
+  they go where a file puts one of them, or else where the first of them is. Nor are rows of one idea, but for such
+  prompts and where files say so. The shares of a small file are therefore approximate; a split without rows is left
+  out.
+
+  Raises:
+    ValueError: a prompt that files put into two splits.
   """
   at: dict[bytes, str] = {}
+  for row in (row for row in rows if row.split):
+    if (split := at.setdefault(_digest(row), row.split)) != row.split:
+      raise ValueError(
+          f"The prompt {row.prompt[:100]!r} is for {split} in one row and for {row.split} in another, of {row.source}; "
+          "keep one of them.")
   for row in rows:
-    at.setdefault(_digest(row), row.split or _split_of(request_key(row.idea or row.prompt)))
+    at.setdefault(_digest(row), _split_of(request_key(row.idea or row.prompt)))
   by_split = {split: [row for row in rows if at[_digest(row)] == split] for split in SPLITS}
   return {split: kept for split, kept in by_split.items() if kept}
 
@@ -358,6 +368,14 @@ def fields_of(record: dict[str, Any]) -> dict[str, Any]:
   return {str(column).strip().lower(): value for column, value in record.items()}
 
 
+def _distinct(record: dict[str, Any], where: str) -> dict[str, Any]:
+  """`fields_of`; ValueError for two columns that it would make one."""
+  fields = fields_of(record)
+  if len(fields) < len(record):
+    raise ValueError(f"{where}: two columns have one name, case and white space aside, of {', '.join(record)}.")
+  return fields
+
+
 def _rows(records: Sequence[tuple[int, dict[str, Any]]], name: str, default_label: int | None) -> list[Row]:
   """The rows of one file: where any has a label, all must, and where any has a split."""
   labelled = any(fields_of(record).get("label") not in (None, "") for _, record in records)
@@ -370,9 +388,7 @@ def _rows(records: Sequence[tuple[int, dict[str, Any]]], name: str, default_labe
 
 def _row(record: dict[str, Any], name: str, line: int, default_label: int | None) -> Row:
   where = f"{name}:{line}"
-  fields = fields_of(record)
-  if len(fields) < len(record):
-    raise ValueError(f"{where}: two columns have one name, case and white space aside, of {', '.join(record)}.")
+  fields = _distinct(record, where)
   column = next((column for column in PROMPT_COLUMNS if column in fields), None)
   if column is None:
     raise ValueError(
@@ -400,7 +416,7 @@ def _row(record: dict[str, Any], name: str, line: int, default_label: int | None
   category, idea = (str(fields.get(column) or "") for column in ("category", "idea"))
   for column, text in (("target", target), ("category", category), ("idea", idea)):
     check_unicode(text, f"{where}: {column}")
-  if (split := fields.get("split") or ""):
+  if (split := str(fields.get("split") or "").strip().lower()):
     _check_split(split, f"{where}: ")
   return Row(prompt, response, label, category, name, idea, target.strip(), split)
 
