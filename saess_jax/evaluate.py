@@ -172,7 +172,7 @@ def _respond(
         chosen = jobs[at : at + 4 * config.batch_size]
         responses = generator.respond(
             [attempt.prompt for *_, attempt in chosen], [attempt.prefix for *_, attempt in chosen], sampling=sampling,
-            places=[_place(suite, method, index, number) for index, number, _ in chosen],
+            places=[generate.place_of(suite, method, index, number) for index, number, _ in chosen],
             soft_suffixes=[attempt.soft_suffix for *_, attempt in chosen])
         records.append(
             _record(suite, method, model, index, number, suites[suite][index], attempt, response)
@@ -195,11 +195,6 @@ def _told_where(where: str) -> Iterator[None]:
   except ValueError as error:
     error.args = (f"{where}: {error}",)
     raise
-
-
-def _place(suite: str, method: str, index: int, number: int) -> int:
-  """A number of its own for what is drawn in a response, whatever was asked before."""
-  return int.from_bytes(hashlib.sha256(f"{suite}\n{method}\n{index}\n{number}".encode()).digest()[:4], "big") >> 1
 
 
 def _record(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,11 @@ class Chunk:
   phase: list[str]
   initial_prob: float
   intervened_at: int
+
+
+def place_of(*parts: Any) -> int:
+  """A number that depends on these alone: of a request, one of `respond`'s `places`, whatever else is asked."""
+  return int.from_bytes(hashlib.sha256("\n".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
 class Generator:

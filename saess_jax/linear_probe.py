@@ -59,19 +59,8 @@ class LinearProbe:
     return (hidden[:, self.layer] - self.mean) / self.deviation @ self.weights + self.bias
 
 
-def hidden_states(
-    model: Llama, params: Params, tokenizer: Any, prompts: Sequence[chat.Messages], prefixes: Sequence[str] = (),
-    system_prompt: str = "", batch_size: int = 32) -> np.ndarray:
-  """Every layer's output at the last HEADER token, float32 [N, L, D]; behind a prefix at the last of a second HEADER.
-
-  Args:
-    model: with unrolled layers.
-    prefixes: what each response begins with; () nothing.
-
-  Raises:
-    ValueError: a prompt that with its prefix exceeds the model's context.
-  """
-  rows = encode(tokenizer, prompts, prefixes, system_prompt, model.config.context)
+def hidden_states(model: Llama, params: Params, rows: Sequence[np.ndarray], batch_size: int = 32) -> np.ndarray:
+  """Every layer's output at the last token of each of `encode`'s rows, float32 [N, L, D]; layers are unrolled."""
   found = np.zeros((len(rows), model.config.num_layers, model.config.embed_dim), np.float32)
   batches = list(batching.by_length(list(map(len, rows)), batch_size, _STEP))
   for chosen, filled, size in tqdm.tqdm(batches, desc="hidden states", unit="batch"):
@@ -81,9 +70,17 @@ def hidden_states(
 
 
 def encode(
-    tokenizer: Any, prompts: Sequence[chat.Messages], prefixes: Sequence[str], system_prompt: str, context: int
-) -> list[np.ndarray]:
-  """What `hidden_states` reads, int32 [S] each; its error."""
+    tokenizer: Any, context: int, prompts: Sequence[chat.Messages], prefixes: Sequence[str] = (),
+    system_prompt: str = "") -> list[np.ndarray]:
+  """Prompts up to their last HEADER token, int32 [S] each; behind a prefix HEADER stands once more.
+
+  Args:
+    context: of the model, in tokens.
+    prefixes: what each response begins with; () nothing.
+
+  Raises:
+    ValueError: a prompt that with its prefix exceeds the context.
+  """
   rows = []
   for prompt, prefix in zip(prompts, prefixes or [""] * len(prompts), strict=True):
     ids, kinds = chat.encode_prompt(tokenizer, prompt, system_prompt=system_prompt)
@@ -168,26 +165,28 @@ def main(argv: list[str] | None = None) -> None:
     system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
     model, params, tokenizer, _ = pretrained.load_for_research(options.weights)
     target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
-    made = {  # What is read, by suite and attack; too long a prompt is told before any is.
-        (suite, attack.name): [attempt for attempt, in attack.attempts([row.prompt for row in rows], target)]
-        for suite, rows in suites.items() for attack in ways}
-    said = lambda attempts: ([attempt.prompt for attempt in attempts], [attempt.prefix for attempt in attempts])
-    for attempts in made.values():
-      encode(tokenizer, *said(attempts), system_prompt, model.config.context)
+    encoded = functools.partial(encode, tokenizer, model.config.context, system_prompt=system_prompt)
+
+    def sent(attack, rows):
+      made = [attempt for attempt, in attack.attempts([row.prompt for row in rows], target)]
+      return encoded([attempt.prompt for attempt in made], [attempt.prefix for attempt in made])
+
+    # What is read, by suite and attack: too long a prompt is told before any is.
+    asked = {(suite, attack.name): sent(attack, rows) for suite, rows in suites.items() for attack in ways}
   except (ValueError, FileNotFoundError) as error:
     parser.error(str(error))
-  states = functools.partial(hidden_states, model, params, tokenizer, system_prompt=system_prompt)
-  asked = lambda rows: states([row.prompt for row in rows])
+  states = functools.partial(hidden_states, model, params)
   labels = lambda rows: np.array([row.label for row in rows])
   splits = [sources.draw_evenly(sources.embedded_rows(split), options.rows, options.seed)
             for split in ("train", "validation")]
-  probe = fit(*((asked(rows), labels(rows)) for rows in splits), options.false_alarms)
+  probe = fit(
+      *((states(encoded([row.prompt for row in rows])), labels(rows)) for rows in splits), options.false_alarms)
   report: dict[str, Any] = {"layer": probe.layer, "threshold": probe.threshold, "suites": {}}
   print(f"layer {probe.layer} of {model.config.num_layers}, threshold {probe.threshold:.3f}")
   for suite, rows in suites.items():
     of = report["suites"][suite] = {}
     for attack in ways:
-      read = probe(states(*said(made[suite, attack.name])))
+      read = probe(states(asked[suite, attack.name]))
       benign, malicious = (list(read[labels(rows) == label]) for label in (0, 1))
       if malicious:
         of[f"not stopped, {attack.name}"] = metrics.rate(malicious, lambda logit: logit <= probe.threshold)

@@ -15,8 +15,9 @@ The harness is an optional install. Where it is there, importing this module reg
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
-import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -154,7 +155,8 @@ def model_class() -> type:
             self._model, self._params, self._tokenizer, self._safety, sampling, count, self._batch_size,
             **self._layout)
         asked = [requests[i].args[0] for i in chosen]
-        places = [_place(text, asked[:at].count(text)) for at, text in enumerate(asked)]
+        numbers = collections.defaultdict(itertools.count)  # Of one text asked several times.
+        places = [generate.place_of(next(numbers[text]), text) for text in asked]
         texts = generator.respond(asked, progress=f"generate {count}", places=places)
         for i, response in zip(chosen, texts):
           stops = requests[i].args[1].get("until") or []
@@ -193,11 +195,6 @@ def _score(model: Llama, sees_cls: bool, params, tokens, kinds, scored) -> tuple
   said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~scored, axis=1)
   return jnp.sum(jnp.where(scored, said, 0), axis=1), greedy
-
-
-def _place(text: str, number: int) -> int:
-  """A number of its own for what is drawn in the answer to a text's `number`-th request, whatever else is asked."""
-  return int.from_bytes(hashlib.sha256(f"{number}\n{text}".encode()).digest()[:4], "big") >> 1
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ def tiny():
 @pytest.mark.slow
 def test_it_reads_where_the_response_begins(tiny):
   model, params = tiny
-  found = linear_probe.hidden_states(model, params, tiny_tokenizer(), PROMPTS, batch_size=2)
+  rows = linear_probe.encode(tiny_tokenizer(), model.config.context, PROMPTS)
+  found = linear_probe.hidden_states(model, params, rows, batch_size=2)
   scale = params["final_norm"]["scale"]
   for prompt, states in zip(PROMPTS, found):
     ids, _ = chat.encode_prompt(tiny_tokenizer(), prompt)
@@ -39,7 +40,8 @@ def test_it_reads_where_the_response_begins(tiny):
 
 def test_behind_a_prefix_the_header_stands_once_more(tiny):
   model, params = tiny
-  (found,) = linear_probe.hidden_states(model, params, tiny_tokenizer(), ["Why?"], ["Sure, here"])
+  rows = linear_probe.encode(tiny_tokenizer(), model.config.context, ["Why?"], ["Sure, here"])
+  (found,) = linear_probe.hidden_states(model, params, rows)
   ids, _ = chat.encode_prompt(tiny_tokenizer(), "Why?")
   text = tiny_tokenizer().decode(ids)
   assert text.endswith("<|im_start|>assistant\n")
