@@ -18,21 +18,27 @@ MATMUL_DTYPE := $(if $(HAS_BFLOAT16),bfloat16)
 # Huge pages for large arrays (glibc 2.35 or newer, ignored elsewhere): a training step on a CPU takes a quarter less.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo train test test-slow test-harness chaos lint
+.PHONY: demo train same-seed test test-slow test-harness chaos lint
 
 demo: $(BIN)/.saess-runtime
 	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(ADAPTER) --workdir runs/demo
 
-train: $(RUN)/adapter.safetensors
+train: $(RUN)/adapter.safetensors | same-seed
 	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(RUN)/adapter.safetensors --workdir $(RUN)/eval
 
+# Finished stages are not made again, whatever seed is asked for.
+same-seed:
+	@test ! -e $(RUN)/weights/config.json || grep -q '^  "seed": $(SEED),' $(RUN)/weights/config.json || \
+	  { echo "$(RUN) is of another seed than $(SEED): give its own, or another RUN."; exit 1; }
+
 $(RUN)/adapter.safetensors: $(RUN)/start.safetensors
-	mkdir -p $(RUN)/adapter && cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
+	mkdir -p $(RUN)/adapter
+	test -e $(RUN)/adapter/rollouts.jsonl || cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
 	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.matmul_dtype=$(MATMUL_DTYPE) \
 	  --config.seed=$(shell expr $(SEED) + 1) --config.lora.start=$< --workdir $(RUN)/adapter
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8
 
-$(RUN)/start.safetensors: | $(BIN)/.saess-runtime
+$(RUN)/start.safetensors: | $(BIN)/.saess-runtime same-seed
 	$(BIN)/python train.py --config configs/smollm2_135m.py --config.matmul_dtype=$(MATMUL_DTYPE) \
 	  --config.seed=$(SEED) --workdir $(RUN)/weights
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/weights $@ --rank 32 --dtype float32

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
+
+from saess_jax import weights
 
 
 def torch_model(loaded: Any) -> Any:
@@ -20,32 +23,15 @@ def torch_model(loaded: Any) -> Any:
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
         head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
-  tensors = {name: torch.tensor(array) for name, array in _hf_state(jax.device_get(loaded.params)).items()}
+  leaves = flax.traverse_util.flatten_dict(jax.device_get(loaded.params), sep="/")
+  tensors = {
+      name: torch.tensor(weights.to_torch_layout(leaf, np.asarray(leaves[leaf]), theirs))
+      for leaf, (name, _, theirs) in weights.plan(loaded.config, weights.HF_NAMES).items()}
   missing, unexpected = model.load_state_dict(tensors, strict=False)
   if unexpected or missing != ["lm_head.weight"]:  # Tied to the embedding.
     raise RuntimeError(f"transformers' model lacks {missing} and does not know {unexpected}.")
   model.tie_weights()
   return model
-
-
-def _hf_state(params) -> dict[str, np.ndarray]:
-  """Our unrolled params under Hugging Face's names: [out, in] matrices, heads flattened."""
-  state = {
-      "model.embed_tokens.weight": params["embed"]["embedding"], "model.norm.weight": params["final_norm"]["scale"]}
-  for name, layer in params.items():
-    if not name.startswith("layers_"):
-      continue
-    prefix = f"model.layers.{name.removeprefix('layers_')}"
-    state[f"{prefix}.input_layernorm.weight"] = layer["attn_norm"]["scale"]
-    state[f"{prefix}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-    for part in "qkv":
-      kernel = layer["attn"][part]["kernel"]
-      state[f"{prefix}.self_attn.{part}_proj.weight"] = kernel.reshape(kernel.shape[0], -1).T
-    kernel = layer["attn"]["o"]["kernel"]
-    state[f"{prefix}.self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
-    for part in ("gate", "up", "down"):
-      state[f"{prefix}.mlp.{part}_proj.weight"] = layer["mlp"][part]["kernel"].T
-  return {name: np.asarray(array) for name, array in state.items()}
 
 
 def compare(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:

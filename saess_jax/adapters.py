@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -94,8 +93,7 @@ def check_target(path: str | pathlib.Path, dtype: str) -> pathlib.Path:
   path = staging.local(path)
   if not is_adapter(path) or dtype not in DTYPES:
     raise ValueError(f"{path} in {dtype}: expected a name that ends in .safetensors and one of {', '.join(DTYPES)}.")
-  if path.exists():
-    raise FileExistsError(f"{path} exists; choose another name, or delete it.")
+  staging.refuse_existing(path)
   return path
 
 
@@ -120,10 +118,8 @@ def save(path: str | pathlib.Path, adapter: Adapter, dtype: str = "float32") -> 
     if dtype == "int8":
       leaf, tensors[name + "_scale"] = _to_int8(np.asarray(leaf, np.float32), _summed(name, leaf))
     tensors[name] = np.ascontiguousarray(leaf, DTYPES[dtype])
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(path.name + ".unfinished")
-  safetensors.numpy.save_file(tensors, unfinished, metadata={"saess": json.dumps(settings)})
-  os.replace(unfinished, path)
+  with staging.new(path) as unfinished:
+    safetensors.numpy.save_file(tensors, unfinished, metadata={"saess": json.dumps(settings)})
 
 
 def _summed(name: str, leaf: Any) -> tuple[int, ...]:

@@ -141,7 +141,8 @@ def attend(
     [B, S + P, N, H].
   """
   if sight.mask is not None:
-    return jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None])
+    with jax.default_matmul_precision(config_lib.precision_of(q.dtype).name.lower()):
+      return jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None])
   causal = functools.partial(
       flash.causal_attention, kernel=config.attention, window=config.sliding_window, segments=sight.segments)
   if sight.cls_index is None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -31,37 +32,105 @@ class SaveFailed(RuntimeError):
   """A checkpoint that could not be written."""
 
 
-class Checkpoints:
-  """The checkpoints of one run: the newest few, and the one that validated best (CLS accuracy, or a rival's figure)."""
+class Saved:
+  """The checkpoints of one run, to be read: whatever is at work there meanwhile, nothing of it is touched."""
 
-  def __init__(self, workdir: str | pathlib.Path, keep_last: int = 2):
-    keep = checkpoint_managers.preservation_policy
-    accuracy = lambda metrics: metrics.get("cls_accuracy", metrics.get("dpo_accuracy", -metrics.get("lm_loss", 0.0)))
+  def __init__(self, workdir: str | pathlib.Path):
     self.folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
-    self._writing: int | None = None  # The step that is being written, or was last.
-    with cluster.together("looking at the checkpoints' metrics") as first:
-      if first:
-        self._drop_damaged_metrics()
     self._handlers = {
         "state": ocp.StandardCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler(),
         "iterator": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+
+  def steps(self) -> list[int]:
+    """Those whose writing was completed, in order."""
+    return sorted(int(entry.name) for entry in self.folder.glob("[0-9]*") if entry.name.isdigit())
+
+  def latest_step(self) -> int | None:
+    return max(self.steps(), default=None)
+
+  def best_step(self) -> int | None:
+    """The step that validated best, the later one of equals; the latest if none was validated."""
+    figures = {step: _figure(metrics) for step in self.steps() if (metrics := self._metrics(step)) is not None}
+    return max(figures, key=lambda step: (figures[step], step), default=self.latest_step())
+
+  def _metrics(self, step: int) -> dict[str, float] | None:
+    """What a validation of `step` found; None where there was none, or where that can't be read."""
+    try:
+      return json.loads((self.folder / str(step) / "metrics" / "metrics").read_text())
+    except (FileNotFoundError, ValueError):
+      return None
+
+  def fingerprint(self, step: int) -> str:
+    """Tells the state of `step` from any other's, wherever the files are: of its checksums. Raises damage.Damaged."""
+    folder = self.folder / str(step)
+    with damage.named(folder):
+      saved = self._handlers["checksums"].restore(folder / "checksums")
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:16]
+
+  def restore_trainable(self, step: int, place: Callable[[Any], Any] | None = None) -> Any:
+    """The trainable weights of `step` alone, as they were saved: numpy arrays, or read straight onto devices.
+
+    Args:
+      place: the tree of what was saved (leaves with a shape) -> its shardings.
+
+    Raises:
+      damage.Damaged: as `Checkpoints.restore`; the other steps are named.
+    """
+    folder = self.folder / str(step)
+    others = ", ".join(str(other) for other in self.steps() if other != step)
+    with cluster.together(f"reading {folder}"), damage.named(
+        folder, f" Load another step: {others}." if others else ""):
+      stored = self._stored(step)["trainable"]
+      wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+      how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
+      if place is not None:
+        how = jax.tree.map(
+            lambda leaf, at: ocp.ArrayRestoreArgs(sharding=at, global_shape=leaf.shape, dtype=leaf.dtype), wanted,
+            place(wanted))
+      # By the handler: what orbax has around it waits for all processes, whatever became of the others' reading.
+      restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=ocp.args.PyTreeRestore(
+          item={"trainable": wanted}, restore_args={"trainable": how}, partial_restore=True))
+      checksums.compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
+    return restored["trainable"]
+
+  def _stored(self, step: int) -> Any:
+    """The tree of a step's state; its leaves have a shape and a dtype."""
+    return self._handlers["state"].metadata(self.folder / str(step) / "state").tree
+
+
+class Checkpoints(Saved):
+  """Those of the run at work in `workdir`, which alone makes one: the newest few, and the one that validated best."""
+
+  def __init__(self, workdir: str | pathlib.Path, keep_last: int = 2):
+    super().__init__(workdir)
+    keep = checkpoint_managers.preservation_policy
+    self._writing: int | None = None  # The step that is being written, or was last.
+    with cluster.together("looking at what an earlier process left") as first:
+      if first:
+        self._clear()
     options = ocp.CheckpointManagerOptions(
-        async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others), best_fn=accuracy,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_others), best_fn=_figure,
         preservation_policy=keep.AnyPreservationPolicy([
             keep.LatestN(keep_last),
-            keep.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)]))
+            keep.BestN(get_metric_fn=_figure, n=1, keep_checkpoints_without_metrics=False)]))
     self._manager = ocp.CheckpointManager(self.folder, item_handlers=self._handlers, options=options)
 
-  def _drop_damaged_metrics(self) -> None:
-    """Orbax reads all metrics first, and would stop at bad ones; a step is whole without, though never the best."""
-    for path in self.folder.glob("[0-9]*/metrics/metrics"):
-      try:
-        json.loads(path.read_text())
-      except FileNotFoundError:
-        continue  # A run at work has just let that step go.
-      except ValueError as error:
+  def _clear(self) -> None:
+    """Deletes steps that were not written to their end, and damaged metrics: orbax reads all metrics first, and would
+    stop at bad ones; a step is whole without, though never the best.
+    """
+    for path in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+      shutil.rmtree(path)
+      print(f"{path} was left by a process that did not finish it: deleted.", file=sys.stderr)
+    for step in self.steps():
+      path = self.folder / str(step) / "metrics" / "metrics"
+      if path.exists() and self._metrics(step) is None:
         shutil.rmtree(path.parent)
-        print(f"{path} is damaged ({error}); that step no longer counts as the best one.", file=sys.stderr)
+        print(f"{path} is damaged; that step no longer counts as the best one.", file=sys.stderr)
+
+  def latest_step(self) -> int | None:
+    """The newest one, that which is being written counted."""
+    return self._manager.latest_step()
 
   def save(
       self, step: int, state: Any, iterator: dict[str, Any], config: TrainConfig, metrics: dict[str, float] | None,
@@ -90,7 +159,7 @@ class Checkpoints:
 
   def is_validated(self, step: int) -> bool:
     """Whether metrics were saved with `step`, as all processes see it. Raises ValueError where they differ."""
-    found = self._manager.metrics(step) is not None
+    found = self._metrics(step) is not None
     cluster.agree(f"metrics of step {step} in {self.folder}", "some" if found else "")
     return found
 
@@ -111,18 +180,6 @@ class Checkpoints:
         f"Checkpoint {step} could not be written to {self.folder}, where {disk.free / 2**20:,.0f} of "
         f"{disk.total / 2**20:,.0f} MiB are free; {last}. Make room there, then give the same command to go on from "
         f"it. The cause: {damage.first_line(error)}")
-
-  def steps(self) -> list[int]:
-    """Those whose writing was completed, in order."""
-    return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
-
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
-
-  def best_step(self) -> int | None:
-    """The step that validated best; the latest if none was validated."""
-    best = self._manager.best_step()
-    return self._manager.latest_step() if best is None else best
 
   def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
     """The newest step that is whole, of those that `steps` names: its number, state and iterator's state.
@@ -175,7 +232,7 @@ class Checkpoints:
     # By the handlers, not by the manager: its barrier after reading is not reached by a process that cannot read.
     with cluster.together(f"reading {folder}"):
       with damage.named(folder):
-        stored = _shapes(self._manager.item_metadata(step)["state"].tree)
+        stored = _shapes(self._stored(step))
       expected = _shapes(abstract_state)
       for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
@@ -189,32 +246,6 @@ class Checkpoints:
       checksums.compare(state, saved)  # Over all devices, so that each process finds the same.
     return state, iterator
 
-  def restore_trainable(self, step: int, place: Callable[[Any], Any] | None = None) -> Any:
-    """The trainable weights of `step` alone, as they were saved: numpy arrays, or read straight onto devices.
-
-    Args:
-      place: the tree of what was saved (leaves with a shape) -> its shardings.
-
-    Raises:
-      damage.Damaged: as `restore`; the other steps are named.
-    """
-    folder = self.folder / str(step)
-    others = ", ".join(str(other) for other in self.steps() if other != step)
-    with cluster.together(f"reading {folder}"), damage.named(
-        folder, f" Load another step: {others}." if others else ""):
-      stored = self._manager.item_metadata(step)["state"].tree["trainable"]
-      wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
-      how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted)
-      if place is not None:
-        how = jax.tree.map(
-            lambda leaf, at: ocp.ArrayRestoreArgs(sharding=at, global_shape=leaf.shape, dtype=leaf.dtype), wanted,
-            place(wanted))
-      # By the handler: what orbax has around it waits for all processes, whatever became of the others' reading.
-      restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=ocp.args.PyTreeRestore(
-          item={"trainable": wanted}, restore_args={"trainable": how}, partial_restore=True))
-      checksums.compare(restored, self._handlers["checksums"].restore(folder / "checksums"))
-    return restored["trainable"]
-
   def close(self) -> None:
     """Waits for what is being written. Raises SaveFailed if that fails."""
     try:
@@ -223,6 +254,11 @@ class Checkpoints:
       raise self._failure(self._writing, error) from None
     finally:
       self._manager.close()
+
+
+def _figure(metrics: dict[str, float]) -> float:
+  """By which steps are compared: CLS accuracy, or what a rival's validation has in its place."""
+  return metrics.get("cls_accuracy", metrics.get("dpo_accuracy", -metrics.get("lm_loss", 0.0)))
 
 
 def _wait_for_others(key: str, timeout_ms: int) -> None:

@@ -13,14 +13,33 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from saess_jax import schedule as schedule_lib
+
+
+def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]], whole: Sequence[str] = ()) -> None:
+  """Raises ValueError for a field of `config` outside its range [low, high], of an array for any value in it; what is
+  traced, and None, is not looked at.
+
+  Args:
+    ranges: field -> range; of a config within, as a flag names it ("data.batch_size").
+    whole: the fields that count things.
+  """
+  for name, (low, high) in ranges.items():
+    value = operator.attrgetter(name)(config)
+    known = isinstance(value, (int, float, np.number, np.ndarray)) or (
+        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer))
+    if known and not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high)):
+      raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
+    if known and name in whole and not np.issubdtype(np.asarray(value).dtype, np.integer):
+      raise ValueError(f"{name} is {value}; expected a whole number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +86,17 @@ class ModelConfig:
   def __post_init__(self):
     if isinstance(self.rope_scaling, Mapping):  # As JSON and the command line have it.
       object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len")
+    check_ranges(self, dict.fromkeys((*sizes, "sliding_window"), (1, math.inf)), whole=(*sizes, "sliding_window"))
+    if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+      raise ValueError(
+          f"num_heads is {self.num_heads}, num_kv_heads {self.num_kv_heads} and head_dim {self.head_dim}; expected the "
+          "first to be a multiple of the second, and the third to be even (RoPE turns pairs).")
 
   @property
   def context(self) -> int:
     """Tokens of query and response that [CLS] can look back on, itself not counted."""
-    return min(self.max_seq_len, self.sliding_window or self.max_seq_len)
+    return self.max_seq_len if self.sliding_window is None else min(self.max_seq_len, self.sliding_window)
 
   def replace(self, **changes) -> ModelConfig:
     return dataclasses.replace(self, **changes)
@@ -139,22 +164,11 @@ class SafetyConfig:
       raise ValueError(
           f"schedule is a {type(self.schedule).__name__}; expected a name, or a bool array of NumPy or JAX.")
     check_ranges(self, {
-        "r1": (0, math.inf), "r2": (0, math.inf), "r3": (0, math.inf), "tau": (1, math.inf), "threshold": (0, 1)})
+        "r1": (0, math.inf), "r2": (0, math.inf), "r3": (0, math.inf), "tau": (1, math.inf), "threshold": (0, 1)},
+        whole=("r1", "r2", "r3", "tau"))
 
   def replace(self, **changes) -> SafetyConfig:
     return dataclasses.replace(self, **changes)
-
-
-def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
-  """Raises ValueError for a field of `config` outside its range [low, high]; traced values are not looked at.
-
-  Args:
-    ranges: field -> range; of a config within, as a flag names it ("data.batch_size").
-  """
-  for name, (low, high) in ranges.items():
-    value = operator.attrgetter(name)(config)
-    if isinstance(value, (int, float)) and not low <= value <= high:
-      raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
 
 
 DEPENDENCIES = ("low", "medium", "high")
@@ -455,6 +469,9 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     elif typing.get_origin(kind) is tuple:
       if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is {value!r}; expected a list of values, also for one.")
+      of, *_ = typing.get_args(kind)
+      if wrong := [item for item in value if type(item) is not of and not (of is float and type(item) is int)]:
+        raise ValueError(f"{where} is {value!r}, and {wrong[0]!r} in it is no value of type {of.__name__}.")
       built[name] = tuple(value)
     else:
       built[name] = dict(value) if isinstance(value, ml_collections.ConfigDict) else value
@@ -465,7 +482,7 @@ def model_config(name: str, **overrides) -> ModelConfig:
   """The preset `name` with some fields replaced.
 
   Raises:
-    ValueError: no preset of that name, or no field of an override's name.
+    ValueError: no preset of that name, or an override that is none (`check_overrides`).
   """
   if name not in PRESETS:
     raise ValueError(f"model is {name!r}; expected one of {', '.join(PRESETS)}.")
@@ -473,12 +490,19 @@ def model_config(name: str, **overrides) -> ModelConfig:
   return PRESETS[name].replace(**overrides)
 
 
-def check_overrides(overrides: Iterable[str]) -> None:
-  """Raises ValueError for a name that is no field of ModelConfig."""
-  fields = {field.name for field in dataclasses.fields(ModelConfig)}
-  unknown = sorted(set(overrides) - fields)
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+  """Raises ValueError for a name that is no field of ModelConfig, or a value of another type than the field's."""
+  types_of = typing.get_type_hints(ModelConfig)
+  unknown = sorted(overrides.keys() - types_of.keys())
   if unknown:
-    raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}.")
+    raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(types_of))}.")
+  for name, value in overrides.items():
+    kinds = typing.get_args(types_of[name]) or (types_of[name],)
+    kinds += (int,) * (float in kinds) + (dict, ml_collections.ConfigDict) * (RopeScaling in kinds)
+    if type(value) not in kinds:
+      kind = types_of[name]
+      said = kind.__name__ if isinstance(kind, type) else str(kind)
+      raise ValueError(f"model_overrides: {name} is {value!r}; expected a value of type {said}.")
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:

@@ -181,9 +181,8 @@ def _pairs(adapter: adapters.Adapter) -> list[tuple[str, np.ndarray]]:
 
 def _describe_run(source: str) -> Description:
   config = runs.read_config(source)
-  checkpoints = checkpoint.Checkpoints(source)
-  steps, best = checkpoints.steps(), checkpoints.best_step()
-  checkpoints.close()
+  saved = checkpoint.Saved(source)
+  steps, best = saved.steps(), saved.best_step()
   shape, tokenizer = pretrained.start_of(config)
   kind = (f"training run, steps {', '.join(map(str, steps)) or 'none'}, best {best}, from "
           f"{config.weights or 'random weights'}{f', LoRA of rank {config.lora.rank}' if config.lora.rank else ''}")

@@ -51,10 +51,11 @@ class Prompt:
 
 @flax.struct.dataclass
 class DecodeConfig:
-  """How to decode; `decode_config` makes it from words. Only `buffer` and of safety's words `dependency` are static.
+  """How to decode; `decode_config` makes it from words.
 
   Attributes:
-    safety: None decodes as a plain language model: nothing sees [CLS] and nothing intervenes.
+    safety: None decodes as a plain language model: nothing sees [CLS] and nothing intervenes. Its numbers may be
+      replaced here, and its dependency by "low"; its words have become `refusal`, `refusal_break` and `schedule`.
     sampling: see there.
     max_new_tokens: int, response tokens after the caller's prefix, or what rollback left of it; at most `buffer` of
       both together.
@@ -62,7 +63,8 @@ class DecodeConfig:
     refusal: int32 [F], what an intervention inserts; where nothing stands before it, from `refusal_break` on.
     refusal_break: int, tokens of the refusal that only part it from what stands before.
     schedule: bool [E], of the tokens behind the caller's prefix.
-    buffer: E, response slots (static).
+    buffer: E, response slots (static, as safety's dependency is).
+    refuses_for_good: whether `refusal` is what dependency "high" says before it stops (static).
   """
 
   safety: SafetyConfig | None
@@ -73,6 +75,7 @@ class DecodeConfig:
   refusal_break: jax.Array
   schedule: jax.Array
   buffer: int = flax.struct.field(pytree_node=False)
+  refuses_for_good: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -220,15 +223,15 @@ def decode_config(
         for words in (safety.refusal_break, text))
     if not refusal and safety.dependency != "low":
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
-  named = safety is None or isinstance(safety.schedule, str)
-  steps = buffer if named else max(max_new_tokens, min(len(safety.schedule), buffer))
-  schedule = np.asarray(schedule_lib.as_array("first" if safety is None else safety.schedule, steps))
+  schedule = "first" if safety is None else safety.schedule
+  schedule_lib.as_array(schedule, max_new_tokens)  # Raises where it says nothing of some of them.
   if safety is not None:
     safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
       safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
       stop_ids=np.asarray(chat.stop_ids(tokenizer), np.int32), refusal=np.asarray(gap + refusal, np.int32),
-      refusal_break=len(gap), schedule=np.pad(schedule, (0, buffer - steps)), buffer=buffer)
+      refusal_break=len(gap), schedule=np.asarray(schedule_lib.over(schedule, buffer)), buffer=buffer,
+      refuses_for_good=safety is not None and safety.dependency == "high")
 
 
 def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
@@ -249,6 +252,11 @@ def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
       raise ValueError(
           f"Token id {wrong[0]} in {name} is outside the vocabulary of {shape.vocab_size}; is this the model's "
           "own tokenizer?")
+  window, slots = shape.sliding_window, prompt.tokens.shape[1]
+  if window is not None and slots > window:
+    raise ValueError(
+        f"Prompts are padded to {slots} slots, beyond the sliding window of {window}, where [CLS] would be lost; give "
+        "pad_prompts a `length` within it.")
   cut = _cut_at_most(config.safety)
   for row, prefix in enumerate(np.asarray(prompt.prefix_length)):
     needed = int(prefix) + int(config.max_new_tokens) + cut
@@ -335,12 +343,27 @@ def _as_read(prompt: Prompt, config: DecodeConfig) -> tuple[Prompt, DecodeConfig
   """On the device, for host arrays cannot be indexed by traced ones. Without safety nobody may see [CLS]: it comes
   last, where causal order hides it.
   """
+  _check_words(config)
   prompt, config = jax.tree.map(jnp.asarray, (prompt, config))
   if config.safety is None:
     order = masks.cls_last(prompt.kinds)
     tokens, kinds = (jnp.take_along_axis(x, order, axis=1) for x in (prompt.tokens, prompt.kinds))
     prompt = prompt.replace(tokens=tokens, kinds=kinds)
   return prompt, config
+
+
+def _check_words(config: DecodeConfig) -> None:
+  """Raises ValueError for words of safety that came after `decode_config` had read them, and would do nothing."""
+  safety = config.safety
+  if safety is None:
+    return
+  words = (safety.schedule, safety.refusal_prefix, safety.fixed_refusal, safety.refusal_break)
+  other = safety.dependency != "low" and config.refuses_for_good != (safety.dependency == "high")
+  if other or not isinstance(safety.schedule, str) or words != ("each", "", "", ""):
+    raise ValueError(
+        "The config's safety has a schedule, a refusal or a dependency that decode_config has not read; it makes token "
+        "ids and an array of them. Give decode_config the whole of safety, or replace numbers alone (and `schedule` "
+        "and `refusal` of the config itself).")
 
 
 def finish(state: LoopState) -> DecodeResult:

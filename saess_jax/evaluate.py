@@ -49,13 +49,13 @@ def evaluate(
   """
   _check(config)
   attacks = {name: attacks_lib.make_attack(name) for name in ("direct", *config.attacks)}  # Benign ones are direct.
-  chosen = {name: judges.make_judge(name) for name in config.judges}
   suites = suites_lib.load_suites(config)
   workdir = staging.local(workdir).absolute()
   begun = (workdir / "evaluation.json").exists()
   if not begun and (
       workdir.is_file() or workdir.is_dir() and any(entry.name != staging.LOCK for entry in workdir.iterdir())):
     raise ValueError(f"{workdir} is not empty and holds no evaluation; choose a new --workdir.")
+  chosen = {name: judges.make_judge(name) for name in config.judges}  # A guard is read: behind what costs nothing.
   models = load(config)
   asking = [name for name, attack in attacks.items() if attack.asks_cls and not models.has_cls]
   if asking:

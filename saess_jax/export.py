@@ -57,7 +57,8 @@ def export_hf(
   leaves = _leaves(config, params)
   dtype = str(leaves["embed/embedding"].dtype)
   hf_config |= {"dtype": dtype, "torch_dtype": dtype}  # Of transformers 5, and of those before.
-  with staging.new_folder(folder) as unfinished:
+  with staging.new(folder) as unfinished:
+    unfinished.mkdir()
     _write_json(unfinished / "config.json", hf_config)
     ends = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in hf_config}
     if "eos_token_id" in ends and len(stops := chat.stop_ids(tokenizer)) > 1:

@@ -112,10 +112,10 @@ class Generator:
     `header_sees_cls` as in training: it says where [CLS] is stored.
 
     Raises:
-      ValueError: `max_new_tokens` is not positive.
+      ValueError: `max_new_tokens` or `batch_size` is not positive.
     """
-    if max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+    if max_new_tokens < 1 or batch_size < 1:
+      raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; expected 1 or more.")
     self.tokenizer, self._model = tokenizer, model
     self._params, self._safety, self._sampling = params, safety, sampling
     self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
@@ -148,7 +148,8 @@ class Generator:
       raise ValueError(f"max_new_tokens is {limit}; this generator was made for 1 to {self._max_new_tokens}.")
     prefixes = [""] * len(prompts) if prefixes is None else prefixes
     places = range(len(prompts)) if places is None else places
-    for name, given in (("prefixes", prefixes), ("places", places), ("soft suffixes", soft_suffixes or prompts)):
+    soft = [()] * len(prompts) if soft_suffixes is None else soft_suffixes
+    for name, given in (("prefixes", prefixes), ("places", places), ("soft suffixes", soft)):
       if len(given) != len(prompts):
         raise ValueError(f"{len(given)} {name} were given for {len(prompts)} prompts; expected one each.")
     rows, forced = self._encode(prompts, prefixes, limit)
@@ -161,7 +162,7 @@ class Generator:
         batch = self._batch(
             [rows[i] for i in chosen], [forced[i] for i in chosen], [places[i] for i in chosen], limit,
             self._sampling if sampling is None else sampling,
-            [np.asarray(soft_suffixes[i], np.float32) for i in chosen] if soft_suffixes else [])
+            [np.asarray(soft[i], np.float32) for i in chosen])
         for i, response in zip(chosen, batch):
           responses[i] = response
         bar.update(len(chosen))
@@ -266,7 +267,10 @@ class Generator:
   def _inputs(
       self, rows, forced, places, limit, sampling) -> tuple[decode_lib.Prompt, jax.Array, decode_lib.DecodeConfig]:
     room = round_up(max(map(len, forced)), 64)
-    prompt = decode_lib.pad_prompts(rows, forced, prefix_length=room)
+    length = round_up(max(len(tokens) for tokens, _ in rows), decode_lib.MULTIPLE)
+    window = self._model.config.sliding_window
+    prompt = decode_lib.pad_prompts(
+        rows, forced, length=length if window is None else min(length, window), prefix_length=room)
     buffer = decode_lib.buffer_for(room + self._max_new_tokens, self._safety)
     config = decode_lib.decode_config(self.tokenizer, self._safety, sampling, limit, buffer)
     decode_lib.check(self._model.config, prompt, config)

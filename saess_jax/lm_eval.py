@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, generate, masks, pretrained
+from saess_jax import batching, generate, masks, pretrained, staging
 from saess_jax.config import SafetyConfig
 from saess_jax.data import chat
 from saess_jax.masks import TokenKind
@@ -97,7 +97,7 @@ def model_class() -> type:
       self._safety = settings if words[safety] else None
       self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
       self._max_gen_toks = max_gen_toks
-      self._limit = model.config.max_seq_len
+      self._limit = model.config.context if safety == "on" else model.config.max_seq_len  # [CLS] must not be lost.
       self._score = jax.jit(functools.partial(_score, self._model, self._safety is not None))
 
     @property
@@ -216,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--out", help="JSON file for the results")
   options = parser.parse_args(argv)
   try:
+    if options.out and not pathlib.Path(options.out).absolute().parent.is_dir():
+      raise FileNotFoundError(f"--out is {options.out}, and there is no folder to write it into; make it first.")
     model = model_class()(options.checkpoint, options.weights, options.safety, options.batch_size)
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -226,9 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.error(str(error))
   kept = {"results": results["results"], "n": results["n-samples"], "safety": options.safety}
   text = json.dumps(kept, indent=2, default=str)
-  if options.out:
-    pathlib.Path(options.out).write_text(text + "\n", encoding="utf-8")
   print(text)
+  if options.out:
+    staging.write_text(pathlib.Path(options.out), text + "\n")
 
 
 try:

@@ -235,9 +235,12 @@ class Llama(nn.Module):
       step: decoding: tokens are [B, 1], or [B, 2] with CLS first and kinds; needs positions and cache.
 
     Raises:
-      ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, segments or a step
-        without what belongs to them, [CLS] or a mask in sequences beyond the sliding window, or an unknown remat.
+      ValueError: kinds in a full sequence with neither stage nor mask, probes together with a mask, segments, a step or
+        what [CLS] sees without what belongs to them, [CLS] or a mask in sequences beyond the sliding window, or an
+        unknown remat.
     """
+    if kinds is None and (cls_visible is not None or probe_visible is not None):
+      raise ValueError("cls_visible and probe_visible go with kinds: without them every token is plain text.")
     if segments is not None and (kinds is None or positions is None or cls_visible is None or cls_visible.ndim != 3):
       raise ValueError(
           "segments go with kinds, positions and cls_visible [B, E, S], one row for each packed example.")

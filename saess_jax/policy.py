@@ -171,7 +171,7 @@ def replay(
     prefix_length: int or [B], tokens of the caller's prefix, whose verdicts count with `sweep_prefill` alone.
   """
   steps = step_prob.shape[1]
-  schedule = jnp.asarray(schedule_lib.as_array(config.schedule, max(steps, 1)))  # An empty response has no token.
+  schedule = jnp.asarray(schedule_lib.over(config.schedule, max(steps, 1)))  # An empty response has no token.
 
   def step(state, inputs):
     t, prob = inputs

@@ -35,6 +35,7 @@ _HALVED = ("data.max_train_rows", "data.max_validation_rows", "rollouts.max_prom
 def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError for settings out of their range or that cannot work together, before any work."""
   config_lib.check_ranges(config, _RANGES)
+  config_lib.safety_as_dict(config.safety)  # Raises for a schedule as an array, which no file can hold.
   for name in _HALVED:
     if operator.attrgetter(name)(config) == 1:
       raise ValueError(f"{name} is 1; expected 0 for all, or 2 or more, half of them of each label.")
@@ -43,6 +44,11 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"optimizer.clip_norm is {rule.clip_norm}, b1 {rule.b1} and b2 {rule.b2}; expected the first above 0 (a large "
         "one clips nothing) and the others below 1.")
+  for name in ("frozen_layers", "vocab_padding"):
+    if name in config.model_overrides:
+      raise ValueError(
+          f"model_overrides has {name}, which training sets by itself; leave it out" + (
+              ", and set the run's own frozen_layers." if name == "frozen_layers" else "."))
   shards = sharding.batch_shards(mesh) * config.optimizer.accumulation
   if config.data.batch_size % shards:
     raise ValueError(
@@ -120,6 +126,16 @@ def check_context(config: TrainConfig, shape: ModelConfig) -> None:
         f"Rows are padded to up to {longest} tokens (data.max_length, data.buckets), and the model's sliding window is "
         f"{shape.sliding_window}, beyond which [CLS] would be lost; lower them, or set sliding_window to None: "
         "--config.model_overrides='{\"sliding_window\": None}'.")
+
+
+def check_rollouts(config: TrainConfig, lengths: Sequence[int], shape: ModelConfig) -> None:
+  """Raises ValueError where a rollout would not fit behind one of the requests, of so many tokens, that it answers."""
+  longest = max(lengths, default=0)
+  if longest + config.rollouts.tokens > shape.context:
+    raise ValueError(
+        f"rollouts.tokens is {config.rollouts.tokens}, a request that is to be answered has {longest} tokens, and the "
+        f"model's context is {shape.context}; lower the first to {shape.context - longest} or less, or shorten what is "
+        "that long in the data.")
 
 
 def check_ids(examples: Sequence[Example], vocab_size: int) -> None:

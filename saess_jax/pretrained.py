@@ -71,7 +71,7 @@ def load_base(
     chat.use_template(tokenizer, config.data.chat_template)
     return shape, params, tokenizer
   if runs.is_run(config.weights):  # Its last weights: the best by validation may be far from where its loss ended.
-    loaded = _read_run(config.weights, checkpoint.Checkpoints.latest_step, mesh)
+    loaded = _read_run(config.weights, checkpoint.Saved.latest_step, mesh)
   else:
     loaded = _read_weights(config.weights, dtype, mesh)
   shape = shape_of(config, loaded.config)
@@ -129,7 +129,7 @@ def shape_of(config: TrainConfig, stored: ModelConfig | None) -> ModelConfig:
   if config.model:
     shape = preset.replace(
         rope_scaling=shape.rope_scaling, rope_theta=shape.rope_theta, norm_eps=shape.norm_eps,
-        sliding_window=shape.sliding_window)
+        sliding_window=shape.sliding_window, max_seq_len=shape.max_seq_len)
   return shape.replace(scan_layers=False)
 
 
@@ -176,7 +176,7 @@ def load_for_research(
   """
   config_lib.dtype_of(dtype)
   if runs.is_run(path):
-    loaded = _read_run(path, checkpoint.Checkpoints.best_step if step is None else lambda _: step, mesh)
+    loaded = _read_run(path, checkpoint.Saved.best_step if step is None else lambda _: step, mesh)
   elif step is not None:
     raise ValueError(f"step is {step}, but {path} is no training run; leave step out.")
   elif adapters.is_adapter(path):
@@ -253,7 +253,7 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
     raise ValueError(
         f"{workdir} trained {'LoRA of rank ' + str(config.lora.rank) if config.lora.rank else 'all weights'}, and rank "
         f"is {rank}; expected a rank, such as 16, for a run of all weights, and none for one with LoRA.")
-  checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints = checkpoint.Saved(workdir)
   step = checkpoints.best_step() if step is None else step
   if step not in checkpoints.steps():
     raise FileNotFoundError(f"{checkpoints.folder} has no step {step}; it has {checkpoints.steps() or 'none'}.")
@@ -266,7 +266,6 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
   else:
     trained = checkpoints.restore_trainable(step)
     learned, lora = trained["params"], model_lib.unstack_layers(trained["lora"], first=config.frozen_layers)
-  checkpoints.close()
   return adapters.Adapter(
       lora=lora, cls={name: learned.get(name, base[name]) for name in adapters.CLS_PARAMS},  # Frozen layers freeze one.
       safety=config.safety, base=config.weights,
@@ -276,11 +275,11 @@ def read_adapter(workdir: str | pathlib.Path, step: int | None = None, rank: int
 
 
 def _read_run(
-    path: str | pathlib.Path, choose: Callable[[checkpoint.Checkpoints], int | None], mesh: Mesh | None
+    path: str | pathlib.Path, choose: Callable[[checkpoint.Saved], int | None], mesh: Mesh | None
 ) -> hf.Pretrained:
   """The model of a run, unrolled, without vocab_padding: numpy arrays, or on the mesh, never all on one device."""
   config = runs.read_config(path)
-  checkpoints = checkpoint.Checkpoints(path)
+  checkpoints = checkpoint.Saved(path)
   step, steps = choose(checkpoints), checkpoints.steps()
   if step is None:
     raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
@@ -308,7 +307,6 @@ def _read_run(
     return {"params": {name: places[name] for name in params}, **lora}
 
   trained = checkpoints.restore_trainable(step, None if mesh is None else place)
-  checkpoints.close()
   unroll = functools.partial(model_lib.unstack_layers, first=config.frozen_layers)
   params = {**base, **model_lib.resize_vocab(unroll(trained["params"]), shape.vocab_size)}
   for layer, pairs in unroll(trained.get("lora", {})).items():

@@ -29,22 +29,20 @@ def is_run(path: str | pathlib.Path) -> bool:
 
 
 def claim(
-    workdir: str | pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]], fingerprint: str = "",
-    template: str | None = None) -> pathlib.Path:
+    workdir: pathlib.Path, config: TrainConfig, rows: dict[str, Sequence[sources.Row]], fingerprint: str = "",
+    template: str | None = None) -> None:
   """Makes the workdir this run's by writing data.json, base.json and config.json, or finds that it is so already.
 
   Args:
+    workdir: a folder, locked: two runs that begin at once would each claim a part of it.
     rows: of each split.
     fingerprint: of the weights that the run begins from (`pretrained.fingerprint_of_base`); "" of those without one.
     template: the tokenizer's chat template.
 
   Raises:
-    ValueError: a schedule as an array; or it holds another run's config (the mesh apart), or a run over other rows or
-      from other weights; what differs is named and nothing is touched. Or a process beside the first does not find
-      what the first wrote.
+    ValueError: it holds another run's config (the mesh apart), or a run over other rows or from other weights; what
+      differs is named and nothing is touched. Or a process beside the first does not find what the first wrote.
   """
-  config_lib.safety_as_dict(config.safety)
-  workdir = pathlib.Path(workdir).expanduser().absolute()
   path, mine = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
   if jax.process_index() and not path.exists():
     raise ValueError(
@@ -66,13 +64,11 @@ def claim(
           "that run to resume it.")
     _check_rows(workdir / "data.json", config.data.source, digests)
     check_start(workdir, config.weights, fingerprint, template)
-    return workdir
-  workdir.mkdir(parents=True, exist_ok=True)
+    return
   staging.write_text(workdir / "data.json", json.dumps(digests, indent=2) + "\n")
   staging.write_text(workdir / "base.json", json.dumps(
       {"fingerprint": fingerprint, "chat_template": _digest(template)}) + "\n")
   staging.write_text(path, json.dumps(mine, indent=2) + "\n")  # Last: it is what makes the workdir a run's.
-  return workdir
 
 
 def check_start(workdir: str | pathlib.Path, weights: str, fingerprint: str, template: str | None) -> None:

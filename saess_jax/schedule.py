@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 NAMES = ("each", "first", "periodic(N)", "annealing")
@@ -43,6 +44,17 @@ def as_array(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | 
   if period is None:
     raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(NAMES)}, or a bool array.")
   return (np.arange(1, steps + 1) % int(period[1] or 10)) == 0
+
+
+def over(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | np.ndarray:
+  """`as_array`, of an array of any length: behind its end [CLS] is not re-evaluated.
+
+  Raises:
+    ValueError: as there, but for an array that is too short.
+  """
+  known = steps if isinstance(schedule, str) else min(len(schedule), steps)
+  array = as_array(schedule, known)
+  return (np if isinstance(array, np.ndarray) else jnp).pad(array, (0, steps - known))
 
 
 def annealing(steps: int, dense: int = 16, last: int = 256) -> np.ndarray:

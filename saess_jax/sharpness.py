@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saess_jax import batching, evaluation, masks, metrics, subjects
+from saess_jax import batching, evaluation, masks, metrics, staging, subjects
 from saess_jax.attacks import Weights
 from saess_jax.config import EvalConfig
 from saess_jax.data import chat
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
       print(f"{model + ', ' + method:<36}{report[model][method]['n']:>6}   {first[0]:.3f} {mean[0]:.3f}   "
             f"{first[1]:.3f} {mean[1]:.3f}", flush=True)
   path = pathlib.Path(options.evaluation).expanduser() / "sharpness.json"
-  path.write_text(json.dumps({"k": options.k, "by_model": report}, indent=2) + "\n")
+  staging.write_text(path, json.dumps({"k": options.k, "by_model": report}, indent=2) + "\n")
   print(path)
 
 

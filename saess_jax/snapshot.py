@@ -53,7 +53,8 @@ def write(
   values = {
       "format": 1, "model": dataclasses.asdict(config.replace(scan_layers=False, vocab_padding=0, frozen_layers=0)),
       "safety": None if safety is None else safety_as_dict(safety), "source": source, "layout": layout}
-  with staging.new_folder(folder) as unfinished:
+  with staging.new(folder) as unfinished:
+    unfinished.mkdir()
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(unfinished / "params", params)
       checkpointer.wait_until_finished()

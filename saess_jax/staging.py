@@ -1,4 +1,4 @@
-"""Folders and text files that appear whole or not at all, and a folder for one process at a time."""
+"""Folders and files that appear whole or not at all, and a folder for one process at a time."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ LOCK = "lock"  # The file of `alone`.
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write into, NAME.unfinished beside the one asked for, which it is renamed to once the block is done.
+def new(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A place to make a file or a folder at, NAME.unfinished beside the one asked for, which what is made there is
+  renamed to once the block is done.
 
   If the block fails it is deleted. If the process was killed it is still there, and the next call starts over and says
   so on stderr; whether its process is still at work is told by a lock, which the system takes back from a killed one.
 
   Yields:
-    The folder, empty.
+    The path, of nothing so far.
 
   Raises:
-    FileExistsError: `folder` exists, or another process is writing it now.
+    FileExistsError: there is something at `path`, or another process is writing it now.
   """
-  folder = local(folder).absolute()
-  refuse_existing(folder)
-  unfinished = folder.with_name(folder.name + ".unfinished")
+  path = local(path).absolute()
+  refuse_existing(path)
+  unfinished = path.with_name(path.name + ".unfinished")
   unfinished.parent.mkdir(parents=True, exist_ok=True)
   with open(unfinished.with_name(unfinished.name + ".lock"), "a") as lock:  # A file: NFS locks no folders.
     if not _locked(lock):
-      raise FileExistsError(f"Another process is writing {folder} now (in {unfinished}); wait for it.")
+      raise FileExistsError(f"Another process is writing {path} now (in {unfinished}); wait for it.")
     try:
       if unfinished.exists():
         print(f"{unfinished} was left by a process that did not finish: starting over.", file=sys.stderr)
-        shutil.rmtree(unfinished)
-      unfinished.mkdir()
+        _delete(unfinished)
       yield unfinished
-      refuse_existing(folder)
-      unfinished.rename(folder)
+      refuse_existing(path)
+      unfinished.rename(path)
     except BaseException:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      _delete(unfinished)
       raise
     finally:
       pathlib.Path(lock.name).unlink(missing_ok=True)
+
+
+def _delete(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:
@@ -91,7 +98,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
   unfinished.replace(path)
 
 
-def refuse_existing(folder: str | pathlib.Path) -> None:
-  """Raises FileExistsError if there is anything at `folder`, and what `local` does."""
-  if local(folder).exists():
-    raise FileExistsError(f"{folder} exists, and nothing is ever overwritten; delete it, or name another folder.")
+def refuse_existing(path: str | pathlib.Path) -> None:
+  """Raises FileExistsError if there is anything at `path`, and what `local` does."""
+  if local(path).exists():
+    raise FileExistsError(f"{path} exists, and nothing is ever overwritten; delete it, or choose another name.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import pathlib
@@ -62,13 +61,11 @@ def load_models(config: EvalConfig) -> Models:
         "weights decoded plainly.")
   identity, step, has_base = path, None, True
   if runs.is_run(path):
-    checkpoints = checkpoint.Checkpoints(path)
-    step = checkpoints.best_step()
-    checkpoints.close()
+    saved = checkpoint.Saved(path)
+    step = saved.best_step()
     if step is None:
-      raise FileNotFoundError(f"{checkpoints.folder} holds no checkpoint yet; let the training run reach one.")
-    written = (checkpoints.folder / str(step)).stat().st_mtime  # A new run in its place?
-    identity = f"step {step} of {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
+      raise FileNotFoundError(f"{saved.folder} holds no checkpoint yet; let the training run reach one.")
+    identity = f"step {step}, checksums {saved.fingerprint(step)}"
   elif adapters.is_adapter(path):
     identity = f"{path}, sha256 {hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()[:16]}"
   else:

@@ -49,9 +49,10 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
       pieces = list(map(colour, pieces, chunk.cls_prob))
     if chunk.intervened_at >= 0 and not intervened:
       mark, at = "[intervention by the query]\n", 0
-      if chunk.intervened_at > 0:  # Where rollback cut the token of that number, the refusal's first comes before it.
-        mark, verdict = f" [intervention after token {chunk.intervened_at}] ", chunk.intervened_at - count
-        at = min([verdict, *(i for i, phase in enumerate(chunk.phase[: max(verdict - 1, 0)]) if phase == "confirmed")])
+      if chunk.intervened_at > 0:  # The token that convicts has a verdict, where rollback leaves it; the refusal none.
+        mark = f" [intervention after token {chunk.intervened_at}] "
+        refusal = [phase == "confirmed" and math.isnan(prob) for phase, prob in zip(chunk.phase, chunk.cls_prob)]
+        at = refusal.index(True) if any(refusal) else len(pieces)
       pieces.insert(at, mark)
       intervened = True
     stream.write("".join(pieces))

@@ -45,7 +45,7 @@ from saess_jax import (
 from saess_jax import config as config_lib
 from saess_jax import model as model_lib
 from saess_jax.config import OptimizerConfig, TrainConfig
-from saess_jax.data import builder, pipeline, rollouts, sources
+from saess_jax.data import builder, chat, pipeline, rollouts, sources
 from saess_jax.generate import Generator
 from saess_jax.model import Llama
 from saess_jax.sampling import SamplingConfig
@@ -193,6 +193,17 @@ def _evaluate(step, state: TrainState, batches: Iterable[dict[str, jax.Array]]) 
   return {name: value / max(per[name.partition("_")[0]], 1.0) for name, value in sums.items() if name != "loss"}
 
 
+def _draw(
+    config: TrainConfig, rows: dict[str, list[sources.Row]]) -> tuple[dict[str, list[sources.Row]], list[sources.Row]]:
+  """(the rows of each split that are read, those of them whose prompts the base answers)."""
+  limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
+  rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
+  rollout = config.rollouts
+  return rows, sources.draw_evenly(
+      rows["train"] + rows["validation"], rollout.max_prompts // 2, config.seed, rollout.written
+  ) if rollout.enabled else []
+
+
 def _sample_rollouts(
     config: TrainConfig, workdir: pathlib.Path, rows: list[sources.Row], shape: config_lib.ModelConfig, base: Any,
     tokenizer: Any) -> dict[str, list[int]]:
@@ -246,7 +257,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
     cluster.PeerFailed: any of these on another process.
   """
   with cluster.together("checking settings and data"):
-    workdir = staging.local(workdir)
+    workdir = staging.local(workdir).absolute()
     mesh = sharding.make_mesh(config.mesh)
     preflight.check(config, mesh)
     dataset = builder.config_for(config.data.source, config.data.manual_dir, config.data.paper_rows)
@@ -265,18 +276,16 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
       examples = pipeline.build_examples(tokenizer, split, None, as_ours)
       preflight.check_ids(examples, shape.vocab_size)
       pipeline.Batches(examples, as_ours)
-  workdir = cluster.first_then_rest("claiming the workdir", lambda: runs.claim(
-      workdir, config, rows, fingerprint, tokenizer.chat_template))
+    asked = [chat.encode_prompt(tokenizer, row.prompt, system_prompt=config.data.system_prompt)[0]
+             for row in _draw(config, rows)[1]]
+    preflight.check_rollouts(config, list(map(len, asked)), shape)
   with _alone(workdir):
+    cluster.first_then_rest("claiming the workdir", lambda: runs.claim(
+        workdir, config, rows, fingerprint, tokenizer.chat_template))
     rows = cluster.first_then_rest("preparing the data", lambda: {
         split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
-    limits = {"train": config.data.max_train_rows, "validation": config.data.max_validation_rows}
-    rows = {split: sources.draw_evenly(rows[split], limit // 2, config.seed) for split, limit in limits.items()}
-    known = None
-    if config.rollouts.enabled:
-      sampled = sources.draw_evenly(
-          rows["train"] + rows["validation"], config.rollouts.max_prompts // 2, config.seed, config.rollouts.written)
-      known = _sample_rollouts(config, workdir, sampled, shape, base, tokenizer)
+    rows, asked = _draw(config, rows)
+    known = _sample_rollouts(config, workdir, asked, shape, base, tokenizer) if config.rollouts.enabled else None
 
     examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
     cut, refusals = pipeline.unfinished(examples)
@@ -317,10 +326,13 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
 @contextlib.contextmanager
 def _alone(workdir: pathlib.Path) -> Iterator[None]:
-  """Lets one run at a time into the workdir; the first process holds the lock. Raises ValueError for a second one."""
+  """Lets one run at a time into the workdir, which is made; the first process holds the lock. Raises ValueError for a
+  second one.
+  """
   with contextlib.ExitStack() as held:
     with cluster.together(f"locking {workdir}") as first:
       if first:
+        workdir.mkdir(parents=True, exist_ok=True)
         held.enter_context(staging.alone(workdir))
     yield
 

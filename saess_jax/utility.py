@@ -229,7 +229,7 @@ def _pad(rows: list[Row], size: int, sees_cls: bool) -> _Batch:
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
       prog="python -m saess_jax.utility", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--checkpoint", required=True, help="a training run, or an adapter")
+  parser.add_argument("--checkpoint", required=True, help="a training run (a rival's too), or an adapter")
   parser.add_argument("--data", required=True, help="benign prompts with responses: a .csv or .jsonl file")
   parser.add_argument("--rows", type=int, default=40, help="drawn from it")
   parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt with its response")
@@ -244,8 +244,9 @@ def main(argv: list[str] | None = None) -> None:
           "as many.")
     drawn = np.random.default_rng(options.seed).permutation(len(answered))[: options.rows]
     chosen = [answered[i] for i in sorted(drawn)]
-    models = subjects.load_models(EvalConfig(checkpoint=options.checkpoint, seed=options.seed))
-    base, ours = models.weights("base"), models.weights("saess")
+    models = subjects.load_models(
+        EvalConfig(checkpoint=options.checkpoint, models=("base", "plain"), seed=options.seed))
+    base, ours = models.weights("base"), models.weights("saess" if models.has_cls else "plain")
     rows = encode_rows(
         ours.tokenizer, [row.prompt for row in chosen], [row.response for row in chosen], options.max_length,
         ours.system_prompt, ours.header_sees_cls)
@@ -254,15 +255,17 @@ def main(argv: list[str] | None = None) -> None:
   generator = lambda safety: Generator(
       ours.model, ours.params, ours.tokenizer, safety, max_new_tokens=options.new_tokens, batch_size=8,
       system_prompt=ours.system_prompt, seed=options.seed, header_sees_cls=ours.header_sees_cls)
-  print(json.dumps({
+  found = {
       "rows": len(rows), "seed": options.seed,
       "perplexity": {
           "base": dataclasses.asdict(perplexity(base.model, base.params, rows)),
-          "without [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows)),
-          "with [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows, sees_cls=True))},
-      "kl": dataclasses.asdict(mean_kl(base.model, base.params, ours.model, ours.params, rows)),
-      "speed": dataclasses.asdict(
-          speed(generator(None), generator(ours.safety), [row.prompt for row in chosen[:8]]))}, indent=2))
+          "without [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows))},
+      "kl": dataclasses.asdict(mean_kl(base.model, base.params, ours.model, ours.params, rows))}
+  if models.has_cls:
+    found["perplexity"]["with [CLS]"] = dataclasses.asdict(perplexity(ours.model, ours.params, rows, sees_cls=True))
+    found["speed"] = dataclasses.asdict(
+        speed(generator(None), generator(ours.safety), [row.prompt for row in chosen[:8]]))
+  print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from saess_jax import (
   runs,
   sharding,
   snapshot,
+  staging,
   subjects,
   train,
   weights,
@@ -155,9 +156,15 @@ def test_bad_files(tmp_path):
     adapters.load(path)
   adapters.save(path, make())
   whole = path.read_bytes()
-  with pytest.raises(FileExistsError, match="a.safetensors exists; choose another name"):
+  with pytest.raises(FileExistsError, match="a.safetensors exists, and nothing is ever overwritten"):
     adapters.save(path, make())
   assert path.read_bytes() == whole
+  with staging.new(tmp_path / "other.safetensors") as unfinished:
+    with pytest.raises(FileExistsError, match="Another process is writing .*other.safetensors now"):
+      adapters.save(tmp_path / "other.safetensors", make())
+    unfinished.write_text("mine")
+  assert (tmp_path / "other.safetensors").read_text() == "mine"
+  (tmp_path / "other.safetensors").unlink()
   path.write_bytes(whole[:-100])
   with pytest.raises(ValueError, match="a.safetensors is no adapter, or was truncated"):
     adapters.load(path)
@@ -349,8 +356,7 @@ def test_optimizer_state_is_the_adapters_alone(trained):
   """AdamW holds two moments of what is trained: the pairs and the [CLS] parameters."""
   rank, (d, n, k, h, f) = 2, (48, 6, 2, 8, 96)
   pairs = 2 * rank * (2 * (d + n * h) + 2 * (d + k * h) + 3 * (d + f))  # Two layers.
-  shapes = [leaf.shape for leaf in jax.tree.leaves(checkpoint.Checkpoints(trained / "run")._manager.item_metadata(3)[
-      "state"].tree["opt_state"])]
+  shapes = [leaf.shape for leaf in jax.tree.leaves(checkpoint.Saved(trained / "run")._stored(3)["opt_state"])]
   assert sum(int(np.prod(shape)) for shape in shapes if shape) == 2 * (pairs + 2 * d + 1)
   assert sum(int(np.prod(shape)) for shape in shapes) < 2 * (pairs + 2 * d + 1) + 8  # Counters.
 
@@ -441,7 +447,7 @@ def test_the_adapter_that_ships():
     ("a.bin", "--strength=1", "expected a name that ends in .safetensors"),
     ("a.safetensors", "--strength=0", "strength is 0.0; expected"),
     ("a.safetensors", "--threshold=1.5", "threshold is 1.5; expected"),
-    ("there.safetensors", "--strength=1", "there.safetensors exists; choose another name")])
+    ("there.safetensors", "--strength=1", "there.safetensors exists, and nothing is ever overwritten")])
 def test_what_is_to_be_written_is_checked_before_a_run_is_read(tmp_path, capsys, name, option, message):
   (tmp_path / "there.safetensors").touch()
   with pytest.raises(SystemExit):

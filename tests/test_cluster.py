@@ -161,7 +161,7 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise(data, tmp_path):
   runs[1].send_signal(signal.SIGTERM)  # Not the first, which writes.
   codes, output = finish(runs, workdir)
   assert codes == [0, 0], output
-  (stopped,) = checkpoint.Checkpoints(workdir).steps()
+  (stopped,) = checkpoint.Saved(workdir).steps()
   assert 0 < stopped < 30
   assert all(f"Stopped: saved step {stopped};" in text for text in output)
   codes, output = finish(launch(config, workdir, 2), workdir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from test_gguf import needs_smollm2, write_gguf
 from xla_flags import CHEAP
 
 from saess_jax import convert, hf, pretrained, sharding, snapshot, staging, weights
-from saess_jax.config import MeshConfig, SafetyConfig, TrainConfig
+from saess_jax.config import MeshConfig, RopeScaling, SafetyConfig, TrainConfig, model_config
 from saess_jax.export import export_hf
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -171,10 +172,11 @@ def test_a_killed_conversion_starts_over_and_says_so(tmp_path, capsys):
 
 
 def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
-  with staging.new_folder(tmp_path / "out") as unfinished:
+  with staging.new(tmp_path / "out") as unfinished:
+    unfinished.mkdir()
     (unfinished / "half").write_text("mine")
     with pytest.raises(FileExistsError, match="Another process is writing .*out now"):
-      with staging.new_folder(tmp_path / "out"):
+      with staging.new(tmp_path / "out"):
         pass
     assert (unfinished / "half").read_text() == "mine"
   assert (tmp_path / "out" / "half").read_text() == "mine"
@@ -189,6 +191,16 @@ def test_a_snapshot_of_published_weights_does_not_pass_for_trained(tmp_path, cap
     assert pretrained.load_for_research(path)[3] == pretrained.settings_of(path).safety == SafetyConfig()
   said(capsys, "hf2orbax", saess_folder(tmp_path / "trained"), tmp_path / "its_snapshot")
   assert pretrained.settings_of(tmp_path / "its_snapshot").has_cls
+
+
+def test_under_a_model_s_name_weights_keep_what_they_were_made_for():
+  """A preset says how to compute: Llama 3.1's weights are of the shape of Llama 3's, and read sixteen times as much."""
+  preset = model_config("llama3_8b")
+  stored = preset.replace(max_seq_len=131072, rope_scaling=RopeScaling(), remat="none", scan_layers=False)
+  named = TrainConfig(model="llama3_8b", weights="x")
+  assert pretrained.shape_of(named, stored) == stored.replace(remat="full")
+  shorter = dataclasses.replace(named, model_overrides={"max_seq_len": 4096})
+  assert pretrained.shape_of(shorter, stored).max_seq_len == 4096
 
 
 def test_a_home_folder_may_be_short(tmp_path, monkeypatch):

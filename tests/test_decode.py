@@ -350,6 +350,13 @@ def test_generator_gives_text_back_in_order(tiny_params):
   windowed = generate.Generator(model.Llama(TINY.replace(sliding_window=64)), tiny_params, tokenizer, max_new_tokens=6)
   with pytest.raises(ValueError, match="the model's context is 64"):
     windowed.check_fit(["x" * 80], [""])
+  narrow = generate.Generator(model.Llama(TINY.replace(sliding_window=100)), tiny_params, tokenizer, max_new_tokens=2)
+  longest = "x" * (100 - empty - 2)  # What fits is not padded beyond the window.
+  assert len(narrow.respond([longest])[0].tokens) == 2
+  with pytest.raises(ValueError, match="max_new_tokens is 6 and batch_size 0; expected 1 or more"):
+    generate.Generator(model.Llama(TINY), tiny_params, tokenizer, max_new_tokens=6, batch_size=0)
+  with pytest.raises(ValueError, match="2 soft suffixes were given for 3 prompts"):
+    make().respond(prompts, soft_suffixes=np.zeros((2, 1, 48), np.float32))
   with pytest.raises(ValueError, match="max_new_tokens is 7; this generator was made for 1 to 6"):
     make().respond(prompts, max_new_tokens=7)
   with pytest.raises(ValueError, match="the model's context is 256"):
@@ -507,6 +514,19 @@ def refused_by_check(message, rows=ROWS, prefixes=None, shape=TINY, **changes):
     decode.check(shape, decode.pad_prompts(rows, prefixes), how.replace(**changes))
 
 
+@pytest.mark.parametrize("words", [
+    {"dependency": "high"}, {"schedule": "first"}, {"schedule": np.ones(32, bool)}, {"refusal_prefix": "No, because"}])
+def test_words_that_decode_config_has_not_read_are_refused(tiny_params, words):
+  """They have become arrays, and would do nothing."""
+  how = decode.decode_config(Words(), SafetyConfig(), max_new_tokens=4, buffer=32)
+  run = lambda config: jax.eval_shape(
+      functools.partial(decode.decode, model.Llama(TINY)), tiny_params, decode.pad_prompts(ROWS), jax.random.key(0),
+      config)
+  with pytest.raises(ValueError, match="a schedule, a refusal or a dependency that decode_config has not read"):
+    run(how.replace(safety=how.safety.replace(**words)))
+  run(how.replace(safety=how.safety.replace(dependency="low", tau=2)))
+
+
 def test_what_only_values_tell_is_checked_before_decoding():
   decode.check(TINY, decode.pad_prompts(ROWS), decode.decode_config(Words(), max_new_tokens=24, buffer=32))
   refused_by_check("prefix of 9 tokens and 24 new ones to come, but the buffer holds 32", prefixes=[[], [], [5] * 9])
@@ -519,6 +539,8 @@ def test_what_only_values_tell_is_checked_before_decoding():
   decode.check(TINY, decode.pad_prompts(ROWS), low)
   with pytest.raises(ValueError, match="30 new ones to come, and rollback may cut 3, but the buffer holds 32"):
     decode.check(TINY, decode.pad_prompts(ROWS), rollback)
+  with pytest.raises(ValueError, match="padded to 64 slots, beyond the sliding window of 60, where .CLS."):
+    decode.check(TINY.replace(sliding_window=60), decode.pad_prompts(ROWS, length=64), rollback)
   for context in ({"max_seq_len": 34}, {"sliding_window": 34}):
     refused_by_check(
         "Row 1 has 8 tokens, a response prefix of 3 and 24 new ones to come, 35 in all, but the model's context is 34",

@@ -21,7 +21,7 @@ import pytest
 from make_golden import write_with_tokenizer
 from tiny_tokenizer import tiny_tokenizer
 
-from saess_jax import attacks, decode, evaluation, generate, staging, subjects
+from saess_jax import attacks, checkpoint, decode, evaluation, generate, staging, subjects
 from saess_jax import suites as suites_lib
 from saess_jax.config import (
   EvalConfig,
@@ -863,10 +863,17 @@ def test_no_checkpoint(config, tmp_path, path, error, message):
   assert not (tmp_path / "out").exists()
 
 
+def save_nothing(workdir):
+  """A checkpoint of no weights."""
+  manager = checkpoint.Checkpoints(workdir)
+  manager.save(3, {"w": jnp.ones(1)}, {}, TrainConfig(), None)
+  manager.close()
+
+
 def test_safety_is_the_runs_but_for_what_is_changed(tmp_path):
   run = TrainConfig(safety=SafetyConfig(r1=4, rule2_keeps_query=True))
   (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
-  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  save_nothing(tmp_path)
   def safety(**changes):
     values = to_config_dict(EvalConfig(checkpoint=str(tmp_path)))
     values.safety.update(changes)
@@ -879,7 +886,7 @@ def test_safety_is_the_runs_but_for_what_is_changed(tmp_path):
 
 def test_an_attack_cannot_ask_cls_of_a_run_without_one(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(TrainConfig(objective="sft"))))
-  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  save_nothing(tmp_path)
   config = EvalConfig(checkpoint=str(tmp_path), models=("base", "plain"), attacks=("direct", "homoglyphs_3"))
   with pytest.raises(ValueError, match="no trained .CLS. that homoglyphs_3 could ask; leave it out"):
     evaluate(config, tmp_path / "out")

@@ -183,9 +183,9 @@ def decoder(config: ModelConfig):
   return jax.jit(functools.partial(decode.decode, Llama(config)))
 
 
-def our_trace(config: ModelConfig, params, tokenizer, safety, messages, response):
+def our_trace(config: ModelConfig, params, tokenizer, safety, messages, response, system_prompt=""):
   """(initial P, P after each token of `response`, phases) as the decoder finds them in a prefix that it is given."""
-  row = insert_cls(*encode_prompt(tokenizer, messages), "sft")
+  row = insert_cls(*encode_prompt(tokenizer, messages, system_prompt=system_prompt), "sft")
   how = decode.decode_config(
       tokenizer, safety.replace(dependency="low", schedule="each"), max_new_tokens=1, buffer=len(response) + 1)
   result = decoder(config)(params, decode.pad_prompts([row], [response], length=128), jax.random.key(0), how)
@@ -195,7 +195,8 @@ def our_trace(config: ModelConfig, params, tokenizer, safety, messages, response
 
 def compare_traces(reference, config, params, tokenizer, safety, messages, response):
   """Asserts that both find the same; returns the phases that came up, with a "+" where [CLS] was frozen in one."""
-  initial, probs, phases = our_trace(config, params, tokenizer, safety, messages, response)
+  initial, probs, phases = our_trace(
+      config, params, tokenizer, safety, messages, response, reference.system_prompt)
   reference.rules = reference.rules | {"threshold": safety.threshold, "heeds_query": safety.heeds_query}
   their_initial, their_probs = reference.trace(messages, response)
   assert their_initial == pytest.approx(initial, abs=1e-3)
@@ -219,10 +220,11 @@ def test_torch_reference_finds_our_probabilities(case, tmp_path):
   safetensors.numpy.save_file(state, source / "model.safetensors")
   loaded = hf.load_pretrained(str(source))
   params = stirred(loaded.params)
-  export_hf(tmp_path / "out", loaded.config, params, tokenizer, SAFETY)
+  system_prompt = "Be kind." if case == "qwen2" else ""
+  export_hf(tmp_path / "out", loaded.config, params, tokenizer, SAFETY, system_prompt=system_prompt)
   reference = torch_reference(tmp_path / "out")
   response = tokenizer("Sure, here is the first step: take flour, water").input_ids[:14]
-  probs = our_trace(loaded.config, params, tokenizer, SAFETY.replace(threshold=1.0), CHAT, response)
+  probs = our_trace(loaded.config, params, tokenizer, SAFETY.replace(threshold=1.0), CHAT, response, system_prompt)
   middle = float(np.median(probs[1]))
   phases = set()
   for threshold in (0.0, probs[0] + 1e-3, middle, 1.0):  # Rule 1; Rules 2 and 3, alarms true and false; Rule 2.

@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_train import ROOT, scalars, small_config
 
@@ -63,7 +64,7 @@ def abstract(manager):
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      manager._manager.item_metadata(3)["state"].tree)
+      manager._stored(3))
 
 
 def largest(step):
@@ -137,6 +138,28 @@ def test_bad_metrics_cost_a_step_its_place_as_best_only(finished, tmp_path, caps
   manager.close()
 
 
+def test_who_reads_a_run_touches_nothing(finished, tmp_path):
+  """Neither what is being written there, nor what only the run itself may mend."""
+  folder = shutil.copytree(finished[1] / "checkpoints", tmp_path / "checkpoints")
+  os.truncate(folder / "6" / "metrics" / "metrics", 0)
+  shutil.copytree(folder / "6", folder / f"9{ocp.utils.TMP_DIR_SUFFIX}")
+  before = sorted(folder.rglob("*"))
+  saved = checkpoint.Saved(tmp_path)
+  assert saved.steps() == [3, 6] and saved.latest_step() == 6 and saved.best_step() == 3
+  assert saved.restore_trainable(6) and before == sorted(folder.rglob("*"))
+  nothing = checkpoint.Saved(tmp_path / "elsewhere")
+  assert nothing.steps() == [] and nothing.best_step() is None and not (tmp_path / "elsewhere").exists()
+
+
+def test_what_a_killed_save_left_goes_when_the_run_goes_on(finished, tmp_path, capsys):
+  shutil.copytree(finished[1] / "checkpoints", tmp_path / "checkpoints")
+  partial = tmp_path / "checkpoints" / f"9{ocp.utils.TMP_DIR_SUFFIX}"
+  shutil.copytree(tmp_path / "checkpoints" / "6", partial)
+  checkpoint.Checkpoints(tmp_path).close()
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
+  assert f"{partial} was left by a process that did not finish it: deleted." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("validated", [
     [{"cls_accuracy": value, "lm_loss": value} for value in (0.9, 0.5, 0.7)],
     [{"dpo_accuracy": value} for value in (0.9, 0.5, 0.7)], [{"lm_loss": value} for value in (1.0, 3.0, 2.0)]])
@@ -145,7 +168,7 @@ def test_the_best_step_stays_beside_the_last(tmp_path, validated):
   for step, metrics in enumerate(validated, start=1):
     manager.save(step, {"w": jnp.ones(3)}, {"next_index": step}, TrainConfig(), metrics)
   manager.close()
-  assert manager.steps() == [1, 3] and checkpoint.Checkpoints(tmp_path).best_step() == 1
+  assert manager.steps() == [1, 3] and checkpoint.Saved(tmp_path).best_step() == 1
 
 
 def test_no_whole_checkpoint_is_an_error_and_nothing_is_renamed(finished, tmp_path):
@@ -205,7 +228,7 @@ try:
   manager.close()
 except checkpoint.SaveFailed as error:
   print("SAID", error)
-print("WHOLE", checkpoint.Checkpoints(folder).steps())
+print("WHOLE", checkpoint.Saved(folder).steps())
 """
 
 

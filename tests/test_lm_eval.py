@@ -82,6 +82,12 @@ def test_bad_settings(folder):
       lm_eval.load(checkpoint, weights)
 
 
+def test_results_that_have_no_place_are_told_before_anything_is_asked(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    lm_eval.main(["--weights", "nowhere", "--tasks", "x", "--out", str(tmp_path / "absent" / "results.json")])
+  assert "results.json, and there is no folder to write it into" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is not None, reason="about machines without lm_eval; it is here")
 def test_without_the_harness(folder, capsys):
@@ -106,6 +112,18 @@ def test_likelihoods_of_the_harness(folder, safety):
     assert total == pytest.approx(expected, abs=1e-4)
   with pytest.raises(ValueError, match="the model's context is 128. Lower the number of examples"):
     model.loglikelihood(requests("loglikelihood", (CONTEXT * 30, "Sure")))
+
+
+def test_with_the_signal_a_request_has_to_fit_the_window(folder, tmp_path):
+  """Beyond it [CLS] would be lost; it is told before others are computed."""
+  copy = shutil.copytree(folder, tmp_path / "model")
+  settings = json.loads((copy / "config.json").read_text())
+  (copy / "config.json").write_text(json.dumps(
+      settings | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}))
+  asked = requests("loglikelihood", (CONTEXT * 6, "Sure"))
+  assert lm_eval.model_class()(weights=str(copy), safety="off").loglikelihood(asked)
+  with pytest.raises(ValueError, match="the model's context is 64. Lower the number of examples"):
+    lm_eval.model_class()(weights=str(copy), safety="on").loglikelihood(asked)
 
 
 def test_a_run_is_asked_as_it_was_trained(folder, tmp_path):

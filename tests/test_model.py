@@ -270,10 +270,40 @@ def test_lora_starts_as_nothing_and_merges_into_the_weights(tiny_params, scan):
     ({"kinds": SFT_KINDS, "positions": jnp.zeros((2, 12), jnp.int32),
       "step": attention.Step(slot=0, visible=None, refresh=None, sees_cls=None)},
      "A step goes with positions and a cache"),
+    ({"probe_visible": jnp.ones((2, 1, 12), bool)}, "cls_visible and probe_visible go with kinds"),
+    ({"cls_visible": jnp.ones((2, 12), bool)}, "cls_visible and probe_visible go with kinds"),
 ])
 def test_bad_input(tiny_params, how, message):
   with pytest.raises(ValueError, match=message):
     apply(tiny_params, **how)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"sliding_window": 0}, "sliding_window is 0; expected 1 or more"), ({"num_layers": 2.0}, "num_layers is 2.0; exp"),
+    ({"num_kv_heads": 4}, "num_heads is 6, num_kv_heads 4 and head_dim 8; expected the first to be a multiple"),
+    ({"head_dim": 7}, "and head_dim 7; expected .* the third to be even")])
+def test_a_shape_that_cannot_be(changes, message):
+  with pytest.raises(ValueError, match=message):
+    TINY.replace(**changes)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"max_seq_len": "1024"}, "max_seq_len is '1024'; expected a value of type int"),
+    ({"scan_layers": "False"}, "scan_layers is 'False'; expected a value of type bool"),
+    ({"sliding_window": "none"}, "sliding_window is 'none'; expected a value of type int . None"),
+    ({"layers": 3}, "ModelConfig has no field layers")])
+def test_an_override_that_cannot_be(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    config.model_config("tiny", **overrides)
+  config.check_overrides({
+      "rope_theta": 5, "sliding_window": None, "rope_scaling": {"factor": 2.0}, "scan_layers": False})
+
+
+def test_the_dense_reference_multiplies_float32_as_such(tiny_params):
+  """It is what the fast path is held against, on every device."""
+  mask = jnp.ones((2, 12, 12), bool)
+  program = jax.make_jaxpr(lambda: model.Llama(TINY).apply({"params": tiny_params}, TOKENS, mask=mask).logits)()
+  assert "dot_general" in str(program) and "precision=None" not in str(program)
 
 
 def test_unknown_lora_projection():

@@ -156,6 +156,16 @@ def test_schedules():
   assert then.tolist() == [17, 21, 29, 45, 77, 141]  # Gaps 4, 8, 16, ... after the first of 2; none from 256 on.
 
 
+def test_an_array_of_any_length_schedules_a_response():
+  """As `decode_config` lays it out: nothing is asked behind its end."""
+  probs = np.asarray([[0.9, 0.9, 0.9, 0.9, 0.9, 0.9]])
+  both = (SafetyConfig(tau=2, schedule=np.asarray(bits, bool)) for bits in ([0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0]))
+  short, long = (policy.replay(np.asarray([0.1]), probs, config) for config in both)
+  assert short.intervened_at.tolist() == long.intervened_at.tolist() == [4]
+  none = policy.replay(np.asarray([0.1]), probs, SafetyConfig(schedule=np.asarray([False, False])))
+  assert none.intervened_at.tolist() == [-1]
+
+
 def test_an_empty_response_is_replayed():
   out = policy.replay(np.asarray([0.1, 0.9]), np.zeros((2, 0)), SafetyConfig())
   assert out.phase.shape == (2, 0) and out.intervened_at.tolist() == [-1, 0]
@@ -174,7 +184,10 @@ def test_bad_schedules(bad, message):
     ({"schedule": "anealing"}, "schedule is 'anealing'; expected one of each"),
     ({"r2": -1}, "r2 is -1; expected 0 or more"), ({"tau": 0}, "tau is 0; expected 1 or more"),
     ({"threshold": 1.5}, "threshold is 1.5; expected 0 to 1"),
-    ({"threshold": float("nan")}, "threshold is nan; expected 0 to 1")])
+    ({"threshold": float("nan")}, "threshold is nan; expected 0 to 1"),
+    ({"threshold": np.float32(2)}, "threshold is 2.0; expected 0 to 1"), ({"r2": np.int64(-3)}, "r2 is -3; expected 0"),
+    ({"tau": jnp.asarray(0)}, "tau is 0; expected 1"), ({"tau": np.arange(3)}, "tau is .0 1 2.; expected 1 or more"),
+    ({"tau": 2.5}, "tau is 2.5; expected a whole number"), ({"r2": np.float32(2)}, "r2 is 2.0; expected a whole")])
 def test_bad_settings(changes, message):
   with pytest.raises(ValueError, match=message):
     SafetyConfig(**changes)

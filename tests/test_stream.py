@@ -100,30 +100,37 @@ def test_pieces_are_a_whole(tiny_params):
       np.testing.assert_array_equal, decode.finish(state), decode.decode(llama, tiny_params, prompt, key, how))
 
 
-def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25, phase="benign"):
-  count = len(tokens)
-  return generate.Chunk(text, [1] * count, tokens, probabilities, [phase] * count, initial, intervened_at)
+NAN = float("nan")
+
+
+def piece(text, tokens, probabilities, intervened_at=-1, initial=0.25, benign=9):
+  """The first `benign` of its tokens are that, the others came when the alarm was confirmed."""
+  phase = ["benign" if i < benign else "confirmed" for i in range(len(tokens))]
+  return generate.Chunk(text, [1] * len(tokens), tokens, probabilities, phase, initial, intervened_at)
 
 
 def test_terminal_text():
   out = io.StringIO()
   said = terminal.show(
-      [piece("The ", ["The", " "], [0.0, 1.0]), piece("wa", ["wa"], [0.9], 3), piece("y", ["y"], [float("nan")], 3)],
+      [piece("The ", ["The", " "], [0.0, 1.0]), piece("wa", ["wa"], [0.9], 3, benign=0),
+       piece("y", ["y"], [NAN], 3, benign=0)],
       out, colours=False)
   assert said == "The way"
   assert out.getvalue() == "[query: P(malicious) 0.25]\nThe wa [intervention after token 3] y\n"
   out = io.StringIO()  # The second token brought the verdict; where rollback cut it, the refusal stands in its place.
-  terminal.show([piece("abc", ["a", "b", "c"], [0.0] * 3, 2)], out, colours=False)
-  terminal.show([piece("Sorry", ["So", "rry"], [0.0] * 2, 3, phase="confirmed")], out, colours=False)
+  terminal.show([piece("abc", ["a", "b", "c"], [0.0, 0.9, NAN], 2, benign=1)], out, colours=False)
+  terminal.show([piece("Sorry", ["So", "rry"], [NAN, NAN], 3, benign=0)], out, colours=False)
+  terminal.show([piece("abSorry", ["a", "b", "So", "rry"], [0.0, 0.1, NAN, NAN], 3, benign=2)], out, colours=False)
   assert out.getvalue().split("\n")[1::2] == [
-      "ab [intervention after token 2] c", " [intervention after token 3] Sorry"]
+      "ab [intervention after token 2] c", " [intervention after token 3] Sorry",
+      "ab [intervention after token 3] Sorry"]
   out = io.StringIO()
   terminal.show([piece("ab", ["a", "b"], [0.0, 1.0], 0)], out, colours=True)
   assert out.getvalue() == (
       "[query: P(malicious) 0.25]\n[intervention by the query]\n"
       "\x1b[38;2;60;190;80ma\x1b[0m\x1b[38;2;230;60;80mb\x1b[0m\n")
   out = io.StringIO()  # A model does not steer the terminal.
-  said = terminal.show([piece("a\x1b[2Jb\n", ["a\x1b[2Jb\n"], [float("nan")])], out, colours=False)
+  said = terminal.show([piece("a\x1b[2Jb\n", ["a\x1b[2Jb\n"], [NAN])], out, colours=False)
   assert said == "a\x1b[2Jb\n" and out.getvalue().endswith("\na\N{REPLACEMENT CHARACTER}[2Jb\n\n")
   # A first piece without text, none at all, and an intervention that the last, empty piece tells of.
   out = io.StringIO()

@@ -33,6 +33,7 @@ from saess_jax import (
   losses,
   masks,
   model,
+  preflight,
   pretrained,
   runs,
   sharding,
@@ -53,7 +54,7 @@ from saess_jax.config import (
   SafetyConfig,
   TrainConfig,
 )
-from saess_jax.data import pipeline, sources
+from saess_jax.data import chat, pipeline, sources
 from saess_jax.export import export_hf
 from saess_jax.state import TrainState, create_state
 
@@ -126,9 +127,7 @@ def test_a_validation_that_a_stop_did_not_wait_for_is_made_up_for(finished, tmp_
   shutil.rmtree(metrics)  # As SIGTERM in the last step leaves it.
   assert train.train_and_evaluate(config, tmp_path / "run") == validated
   assert json.loads((metrics / "metrics").read_text()) == before
-  manager = checkpoint.Checkpoints(tmp_path / "run")
-  assert manager.best_step() == checkpoint.Checkpoints(workdir).best_step()
-  manager.close()
+  assert checkpoint.Saved(tmp_path / "run").best_step() == checkpoint.Saved(workdir).best_step()
   assert train.train_and_evaluate(config, tmp_path / "run") == {}
 
 
@@ -448,7 +447,7 @@ def test_what_is_frozen_is_in_no_checkpoint_and_back_for_research(data, tmp_path
   config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, buckets=(64, 128), responses="rollouts", refusal_depth=4))
   train.train_and_evaluate(config, tmp_path / "run")
-  saved = checkpoint.Checkpoints(tmp_path / "run").restore_trainable(2)
+  saved = checkpoint.Saved(tmp_path / "run").restore_trainable(2)
   assert set(saved["params"]) == {"cls_head", "final_norm", "layers"}
   _, base, _ = pretrained.load_base(config)
   _, params, _, _ = pretrained.load_for_research(tmp_path / "run")
@@ -597,7 +596,46 @@ def test_two_runs_do_not_share_a_workdir(data, tmp_path):
   (tmp_path / "run").mkdir()
   with staging.alone(tmp_path / "run"), pytest.raises(ValueError, match="Another process is at work in .*run; wait"):
     train.train_and_evaluate(small_config(data, rollouts=RolloutConfig(enabled=False)), tmp_path / "run")
-  assert not (tmp_path / "run" / "checkpoints").exists()
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]  # What it is a run of is not its to say.
+
+
+def test_a_request_that_leaves_no_room_for_its_rollout_is_told_at_once(tmp_path):
+  """Not when it is that request's turn: by then the workdir is of these settings."""
+  rows = "".join(f"{'bad' if i % 2 else 'good'} request {i},{i % 2}\n" for i in range(24))
+  (tmp_path / "rows.csv").write_text(f"prompt,label\n{rows}{'a long one' * 8},1\n")
+  longest = len(chat.encode_prompt(hf.byte_tokenizer(), "a long one" * 8)[0])
+  room = 256 - longest
+  config = small_config(tmp_path / "rows.csv", rollouts=RolloutConfig(tokens=room + 1))
+  with pytest.raises(ValueError, match=f"rollouts.tokens is {room + 1}, a .* has {longest} tokens.*to {room} or less"):
+    train.train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  fitting = dataclasses.replace(config, rollouts=RolloutConfig(tokens=room))
+  preflight.check_rollouts(fitting, [10, longest], config_lib.model_config("tiny"))
+
+
+def test_a_run_does_not_go_on_with_other_rollouts(finished, tmp_path):
+  """A step's number would mean other batches."""
+  config, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  file = tmp_path / "run" / "rollouts.jsonl"
+  first, *others = file.read_text().splitlines()
+  record = json.loads(first)
+  file.write_text("\n".join([json.dumps(record | {"tokens": record["tokens"][::-1]}), *others]) + "\n")
+  with pytest.raises(ValueError, match="examples of this run were others when it was stopped .*its rollouts.jsonl"):
+    train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_run_is_known_by_what_it_saved(finished, tmp_path):
+  """An evaluation goes on with a copy, whenever and wherever it was made; not with other weights."""
+  identity = lambda path: subjects.load_models(config_lib.EvalConfig(checkpoint=str(path))).identity
+  shutil.copytree(finished[1], tmp_path / "copy")
+  for folder in (tmp_path / "copy" / "checkpoints").iterdir():
+    os.utime(folder, (0, 0))
+  assert identity(tmp_path / "copy") == identity(finished[1])
+  saved = checkpoint.Saved(tmp_path / "copy")
+  assert saved.fingerprint(3) != saved.fingerprint(6)
+  shutil.rmtree(saved.folder / str(saved.best_step()))
+  assert identity(tmp_path / "copy") != identity(finished[1])
 
 
 @pytest.mark.parametrize("exported", [False, True])
@@ -626,7 +664,9 @@ def test_another_run_s_workdir_is_refused_untouched(finished):
 
 def test_a_run_that_did_not_know_a_setting_had_its_default(tmp_path):
   config = config_lib.TrainConfig()
-  file = runs.claim(tmp_path / "run", config, {}) / "config.json"
+  (tmp_path / "run").mkdir()
+  runs.claim(tmp_path / "run", config, {})
+  file = tmp_path / "run" / "config.json"
   values = json.loads(file.read_text())
   del values["data"]["disguises"], values["safety"]["heeds_query"]
   file.write_text(json.dumps(values))
@@ -650,6 +690,8 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     ({"data": {"bucket": [1]}}, "config.data.bucket does not exist"),
     ({"epochs": "three"}, "config.epochs is 'three'; expected a value of type int"),
     ({"data": {"buckets": 64}}, "config.data.buckets is 64"),
+    ({"data": {"buckets": (256, 512.5)}}, "config.data.buckets is .256, 512.5., and 512.5 in it is no value of type"),
+    ({"lora": {"projections": ("q", 1)}}, "config.lora.projections is .'q', 1., and 1 in it is no value of type str"),
 ])
 def test_config_keys_and_types_are_checked(values, message):
   with pytest.raises(ValueError, match=message):

@@ -147,6 +147,10 @@ def test_the_command(tmp_path, capsys):
   assert said["kl"]["value"] > 0 and said["kl"]["tokens"] == own["base"]["tokens"]
   for figures in (said["speed"]["tokens_per_second"], said["speed"]["first_token_seconds"]):
     assert set(figures) == {"plain", "safe"} and all(math.isfinite(x) and x > 0 for x in figures.values())
+  utility.main(["--checkpoint", folder, *ask[2:], "--rows", "2"])  # Without a [CLS], as a rival's run: what there is.
+  plain = json.loads(capsys.readouterr().out)
+  assert plain["perplexity"] == {"base": own["base"], "without [CLS]": own["base"]} and "speed" not in plain
+  assert plain["kl"]["value"] == pytest.approx(0, abs=1e-6)
   for rows in ("4", "0"):
     with pytest.raises(SystemExit):
       utility.main([*ask, "--rows", rows])

@@ -98,7 +98,7 @@ def test_another_run_s_weights_never_lie_on_one_device(changes, rows, tmp_path):
       rows, max_steps=2, eval_every=0, probes=ProbeConfig(per_sequence=0), rollouts=RolloutConfig(enabled=False),
       mesh=MESH, **changes)
   train.train_and_evaluate(config, tmp_path / "run")
-  trained = checkpoint.Checkpoints(tmp_path / "run").restore_trainable(2)
+  trained = checkpoint.Saved(tmp_path / "run").restore_trainable(2)
   _, base, _ = pretrained.load_base(config)
   stacked = model.stack_layers(base, config.frozen_layers) | trained["params"]
   stacked = model.resize_vocab(stacked, 260)

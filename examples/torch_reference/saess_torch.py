@@ -43,18 +43,22 @@ class Saess:
         folder, dtype=torch.float32, attn_implementation="eager").eval()
     self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     settings = json.loads((folder / "saess_config.json").read_text())
-    self.rules, self.header_sees_cls = settings["safety"], settings["layout"]["header_sees_cls"]
+    self.rules, layout = settings["safety"], settings["layout"]
+    self.header_sees_cls, self.system_prompt = layout["header_sees_cls"], layout.get("system_prompt", "")
     stored = {name: tensor.float() for name, tensor in load_file(folder / "saess.safetensors").items()}
     self.embedding = stored["cls_embedding"]
     self.weight, self.bias = stored["cls_head/kernel"], stored["cls_head/bias"]
 
   def encode(self, messages: list[dict[str, str]] | str) -> tuple[list[int], list[str]]:
-    """Ids and kinds of a chat that the user spoke last in, up to where the response begins.
+    """Ids and kinds of a chat that the user spoke last in, up to where the response begins; in front the folder's
+    system prompt, if it has one, unless the chat begins with another.
 
     Which text is the user's is told by marks put in place of the contents, never by words of the template. Contents
     must not hold the tokenizer's special words, which the JAX implementation reads as plain text and this does not.
     """
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if self.system_prompt and messages[0]["role"] != "system":
+      messages = [{"role": "system", "content": self.system_prompt}, *messages]
     special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
     if any(word in message["content"] for word in special for message in messages):
       raise ValueError(f"A message holds one of the special words {special}; this reference does not take those.")

@@ -153,7 +153,7 @@ def score(
   if safety is None:
     return Scores(lm, lm, jnp.full_like(lm, jnp.nan), jnp.full_like(lm, jnp.nan))
 
-  judged = counts * jnp.asarray(schedule_lib.as_array(safety.schedule, slots), jnp.float32)[None]
+  judged = counts * jnp.asarray(schedule_lib.over(safety.schedule, slots), jnp.float32)[None]
   # softplus(logit of malicious) is -log P(benign).
   windows = jnp.sum(jax.nn.softplus(out.probe_logits) * judged, axis=1) / jnp.maximum(jnp.sum(judged, axis=1), 1)
   query = jnp.where(safety.heeds_query, jax.nn.softplus(out.cls_logit), 0.0)  # An attacker fights what is heeded.

@@ -15,7 +15,9 @@ import bisect
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -283,6 +285,14 @@ class Batches(Sequence):
   def __len__(self) -> int:
     return self._len
 
+  def digest(self) -> str:
+    """Tells these examples from any others."""
+    found = hashlib.sha256()
+    for example in self._examples:
+      found.update(example.tokens.tobytes() + example.kinds.tobytes())
+      found.update(repr((example.label, example.trajectory, example.loss_from, example.response_length)).encode())
+    return found.hexdigest()[:16]
+
   def __getitem__(self, step: int) -> Batch:
     epoch, index = divmod(range(len(self))[step], self.steps_per_epoch)
     bucket, members = self._plan(epoch)[index]
@@ -377,10 +387,12 @@ def _is_query(example: Example) -> bool:
 
 
 class Loader:
-  """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read."""
+  """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read, and tells the
+  examples that they are made of.
+  """
 
   def __init__(self, batches: Batches):
-    self._len = len(batches)
+    self._len, self._examples = len(batches), batches.digest()
     self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(1, 4)))
 
   def __len__(self) -> int:
@@ -393,11 +405,18 @@ class Loader:
   def __next__(self) -> Batch:
     return next(self._iterator)
 
-  def get_state(self) -> dict[str, int]:
-    return self._iterator.get_state()
+  def get_state(self) -> dict[str, Any]:
+    return self._iterator.get_state() | {"examples": self._examples}
 
-  def set_state(self, state: dict[str, int]) -> None:
-    self._iterator.set_state(state)
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Raises ValueError where that is a state over other examples: a step's number would not mean the same batches."""
+    before = state.get("examples", self._examples)  # A run that is older than these digests.
+    if before != self._examples:
+      raise ValueError(
+          f"The examples of this run were others when it was stopped (digest {before}, now {self._examples}): its "
+          "rollouts.jsonl changed, or the code that makes examples of rows. Put back what it was to resume the run, or "
+          "choose another --workdir.")
+    self._iterator.set_state({name: value for name, value in state.items() if name != "examples"})
 
 
 def batch_shapes(config: TrainConfig) -> dict[str, np.ndarray]:

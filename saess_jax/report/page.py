@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saess_jax import scores
+from saess_jax import scores, staging
 from saess_jax.metrics import (
     HARMFUL,
     NOT_REFUSED,
@@ -52,7 +52,7 @@ def write_report(metrics: dict[str, Any], rows: Sequence[Row], path: str | pathl
     path: of the page; its rows name lines of the responses.jsonl beside it.
   """
   path = pathlib.Path(path)
-  path.write_text(_Report(metrics, rows, path.with_name("responses.jsonl")).html(), encoding="utf-8")
+  staging.write_text(path, _Report(metrics, rows, path.with_name("responses.jsonl")).html())
 
 
 class _Report:
