@@ -1,5 +1,7 @@
 """The model against its own dense reference, and what may influence what. Parity with torch is in test_hf.py."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -303,7 +305,8 @@ def test_the_dense_reference_multiplies_float32_as_such(tiny_params):
   """It is what the fast path is held against, on every device."""
   mask = jnp.ones((2, 12, 12), bool)
   program = jax.make_jaxpr(lambda: model.Llama(TINY).apply({"params": tiny_params}, TOKENS, mask=mask).logits)()
-  assert "dot_general" in str(program) and "precision=None" not in str(program)
+  found = re.findall("precision=(.*)", str(program))
+  assert len(found) > 14 and all("HIGHEST" in precision for precision in found), found
 
 
 def test_unknown_lora_projection():
