@@ -33,7 +33,8 @@ same-seed:
 
 $(RUN)/adapter.safetensors: $(RUN)/start.safetensors
 	mkdir -p $(RUN)/adapter
-	test -e $(RUN)/adapter/rollouts.jsonl || cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter
+	test -e $(RUN)/adapter/rollouts.jsonl || { cp $(RUN)/weights/rollouts.jsonl $(RUN)/adapter/copied && \
+	  mv $(RUN)/adapter/copied $(RUN)/adapter/rollouts.jsonl; }
 	$(BIN)/python train.py --config configs/smollm2_135m.py:adapter --config.matmul_dtype=$(MATMUL_DTYPE) \
 	  --config.seed=$(shell expr $(SEED) + 1) --config.lora.start=$< --workdir $(RUN)/adapter
 	$(BIN)/python -m saess_jax.convert run2adapter $(RUN)/adapter $@ --dtype int8

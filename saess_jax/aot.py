@@ -199,8 +199,9 @@ def decode_program(
   asked = decode.Prompt(
       tokens=kinds, kinds=kinds, prefix=np.zeros((batch, 0), np.int32), prefix_length=np.zeros(batch, np.int32))
   settings = decode.DecodeConfig(
-      safety=safety, sampling=decode.sampling.SamplingConfig(), max_new_tokens=tokens, stop_ids=np.zeros(1, np.int32),
-      refusal=np.zeros(8, np.int32), refusal_break=1, schedule=np.ones(tokens, bool), buffer=tokens)
+      safety=safety and decode.without_words(safety), sampling=decode.sampling.SamplingConfig(), max_new_tokens=tokens,
+      stop_ids=np.zeros(1, np.int32), refusal=np.zeros(8, np.int32), refusal_break=1, schedule=np.ones(tokens, bool),
+      buffer=tokens, refuses_for_good=safety is not None and safety.dependency == "high")
   start = lambda params, prompt, rng, config: decode.start(model, params, prompt, rng, config)
   state = jax.eval_shape(start, params, asked, key, settings)
   heads = "tensor" if shape.num_kv_heads % mesh.shape["tensor"] == 0 else None

@@ -26,7 +26,7 @@ from saess_jax import schedule as schedule_lib
 
 def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]], whole: Sequence[str] = ()) -> None:
   """Raises ValueError for a field of `config` outside its range [low, high], of an array for any value in it; what is
-  traced, and None, is not looked at.
+  traced, on other hosts or donated, and None, is not looked at.
 
   Args:
     ranges: field -> range; of a config within, as a flag names it ("data.batch_size").
@@ -35,7 +35,8 @@ def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]], whole: 
   for name, (low, high) in ranges.items():
     value = operator.attrgetter(name)(config)
     known = isinstance(value, (int, float, np.number, np.ndarray)) or (
-        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer))
+        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
+        and not value.is_deleted())
     if known and not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high)):
       raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
     if known and name in whole and not np.issubdtype(np.asarray(value).dtype, np.integer):

@@ -225,13 +225,16 @@ def decode_config(
       raise ValueError(f"The refusal {text!r} has no tokens; expected text to insert.")
   schedule = "first" if safety is None else safety.schedule
   schedule_lib.as_array(schedule, max_new_tokens)  # Raises where it says nothing of some of them.
-  if safety is not None:
-    safety = safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
   return DecodeConfig(
-      safety=safety, sampling=sampling_config, max_new_tokens=max_new_tokens,
+      safety=safety and without_words(safety), sampling=sampling_config, max_new_tokens=max_new_tokens,
       stop_ids=np.asarray(chat.stop_ids(tokenizer), np.int32), refusal=np.asarray(gap + refusal, np.int32),
       refusal_break=len(gap), schedule=np.asarray(schedule_lib.over(schedule, buffer)), buffer=buffer,
       refuses_for_good=safety is not None and safety.dependency == "high")
+
+
+def without_words(safety: SafetyConfig) -> SafetyConfig:
+  """What is left of it once its words are token ids and an array: other words then compile nothing new."""
+  return safety.replace(schedule="each", refusal_prefix="", fixed_refusal="", refusal_break="")
 
 
 def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
@@ -239,7 +242,8 @@ def check(shape: ModelConfig, prompt: Prompt, config: DecodeConfig) -> None:
 
   Raises:
     ValueError: token ids outside the vocabulary, a buffer that is too small for a row's prefix, its new tokens and what
-      rollback may cut, a row that exceeds the model's context with these, or an empty prompt.
+      rollback may cut, a row that exceeds the model's context with these, prompts padded beyond its sliding window, or
+      an empty prompt.
   """
   tokens, kinds = np.asarray(prompt.tokens), np.asarray(prompt.kinds)
   text = (kinds != TokenKind.PAD) & (kinds != TokenKind.CLS)

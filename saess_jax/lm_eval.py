@@ -97,7 +97,9 @@ def model_class() -> type:
       self._safety = settings if words[safety] else None
       self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
       self._max_gen_toks = max_gen_toks
-      self._limit = model.config.context if safety == "on" else model.config.max_seq_len  # [CLS] must not be lost.
+      self._limit = model.config.max_seq_len
+      if self._safety is not None and model.config.sliding_window is not None:  # Beyond it [CLS] would be lost.
+        self._limit = min(self._limit, model.config.sliding_window - 1)
       self._score = jax.jit(functools.partial(_score, self._model, self._safety is not None))
 
     @property
@@ -129,7 +131,7 @@ def model_class() -> type:
       rows, owners = [], []
       for i, request in enumerate(requests):
         ids = chat.encode_text(self._tokenizer, request.args[0])
-        for window in get_rolling_token_windows(ids, start, self._limit, 1):
+        for window in get_rolling_token_windows(ids, start, self._model.config.max_seq_len, 1):
           context, said = make_disjoint_window(window)
           tokens = np.asarray(context + said, np.int32)
           rows.append((tokens, np.full(len(tokens), TokenKind.RESPONSE, np.int32), len(said)))
@@ -173,6 +175,7 @@ def model_class() -> type:
       """Rows are (tokens, kinds, how many at the end are scored)."""
       results: list[Any] = [None] * len(rows)
       for chosen, filled, size in batching.by_length([len(row[0]) for row in rows], self._batch_size, _STEP):
+        size = min(size, self._limit + 1) if score is None else size  # [CLS] is stored beside the request.
         tokens, kinds = (batching.padded((rows[i][part] for i in filled), size) for part in (0, 1))
         stops = np.asarray([len(rows[i][0]) for i in filled])[:, None]
         counts = np.asarray([rows[i][2] for i in filled])[:, None]

@@ -130,7 +130,7 @@ def check_context(config: TrainConfig, shape: ModelConfig) -> None:
 
 def check_rollouts(config: TrainConfig, lengths: Sequence[int], shape: ModelConfig) -> None:
   """Raises ValueError where a rollout would not fit behind one of the requests, of so many tokens, that it answers."""
-  longest = max(lengths, default=0)
+  longest = max(lengths, default=-math.inf)
   if longest + config.rollouts.tokens > shape.context:
     raise ValueError(
         f"rollouts.tokens is {config.rollouts.tokens}, a request that is to be answered has {longest} tokens, and the "

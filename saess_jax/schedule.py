@@ -52,7 +52,7 @@ def over(schedule: str | jax.Array | np.ndarray, steps: int) -> jax.Array | np.n
   Raises:
     ValueError: as there, but for an array that is too short.
   """
-  known = steps if isinstance(schedule, str) else min(len(schedule), steps)
+  known = steps if isinstance(schedule, str) or not schedule.ndim else min(len(schedule), steps)
   array = as_array(schedule, known)
   return (np if isinstance(array, np.ndarray) else jnp).pad(array, (0, steps - known))
 

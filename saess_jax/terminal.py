@@ -39,7 +39,7 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
   Returns:
     The whole response.
   """
-  said, count, begun, intervened = "", 0, False, False
+  said, begun, intervened = "", False, False
   for chunk in chunks:
     if not begun and not math.isnan(chunk.initial_prob):
       stream.write(f"[query: P(malicious) {chunk.initial_prob:.2f}]\n")
@@ -57,7 +57,7 @@ def show(chunks: Iterable[Any], stream: TextIO, colours: bool) -> str:
       intervened = True
     stream.write("".join(pieces))
     stream.flush()
-    said, count = said + chunk.text, count + len(chunk.tokens)
+    said += chunk.text
   stream.write("\n")
   return said
 

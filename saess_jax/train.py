@@ -220,8 +220,8 @@ def _sample_rollouts(
       max_new_tokens=config.rollouts.tokens, batch_size=config.rollouts.batch_size,
       system_prompt=config.data.system_prompt, seed=config.seed))
   sample = lambda prompts: [r.ids for r in generator().respond(prompts, progress="rollouts")]
-  path = workdir / "rollouts.jsonl"
-  before = pathlib.Path(config.weights).expanduser() / "rollouts.jsonl"
+  path = workdir / rollouts.FILE
+  before = pathlib.Path(config.weights).expanduser() / rollouts.FILE
   with cluster.together("sampling rollouts") as first:
     if first:
       if runs.is_run(config.weights) and before.is_file() and not path.exists():
@@ -276,16 +276,18 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
       examples = pipeline.build_examples(tokenizer, split, None, as_ours)
       preflight.check_ids(examples, shape.vocab_size)
       pipeline.Batches(examples, as_ours)
-    asked = [chat.encode_prompt(tokenizer, row.prompt, system_prompt=config.data.system_prompt)[0]
-             for row in _draw(config, rows)[1]]
-    preflight.check_rollouts(config, list(map(len, asked)), shape)
+    if config.data.max_length + config.rollouts.tokens > shape.context:  # Else what trains leaves room enough.
+      there = rollouts.read(workdir / rollouts.FILE).keys()
+      preflight.check_rollouts(config, [
+          len(chat.encode_prompt(tokenizer, row.prompt, system_prompt=config.data.system_prompt)[0])
+          for row in _draw(config, rows)[1] if row.prompt not in there], shape)
   with _alone(workdir):
     cluster.first_then_rest("claiming the workdir", lambda: runs.claim(
         workdir, config, rows, fingerprint, tokenizer.chat_template))
     rows = cluster.first_then_rest("preparing the data", lambda: {
         split: list(builder.load(dataset, split, str(workdir / "data"))) for split in rows})
-    rows, asked = _draw(config, rows)
-    known = _sample_rollouts(config, workdir, asked, shape, base, tokenizer) if config.rollouts.enabled else None
+    rows, answered = _draw(config, rows)
+    known = _sample_rollouts(config, workdir, answered, shape, base, tokenizer) if config.rollouts.enabled else None
 
     examples = pipeline.build_examples(tokenizer, rows["train"], known, config)
     cut, refusals = pipeline.unfinished(examples)
@@ -296,6 +298,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
           config.data.max_length)
     here = sharding.rows_here(mesh, config.data.batch_size)
     loader = pipeline.Loader(pipeline.Batches(examples, config, here, config.epochs))
+    cluster.agree("training examples", loader.examples)
     steps = min(len(loader), config.max_steps or len(loader))
     held_out = pipeline.build_examples(tokenizer, rows["validation"], known, config)
     validation = pipeline.Batches(held_out, config, here) if held_out else ()
@@ -388,7 +391,8 @@ def _resume(manager: checkpoint.Checkpoints, state: TrainState, loader: pipeline
   for leaf in jax.tree.leaves(state.saved()):  # Else weights and moments are on the devices twice while these are read.
     leaf.delete()
   step, saved, iterator = manager.restore_newest(abstract)
-  loader.set_state(iterator)
+  with cluster.together("taking up the data where they were left"):
+    loader.set_state(iterator)
   if jax.process_index() == 0:
     print(f"Resuming at step {step}.")
   return state.replace(**saved)

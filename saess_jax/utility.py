@@ -260,7 +260,8 @@ def main(argv: list[str] | None = None) -> None:
       "perplexity": {
           "base": dataclasses.asdict(perplexity(base.model, base.params, rows)),
           "without [CLS]": dataclasses.asdict(perplexity(ours.model, ours.params, rows))},
-      "kl": dataclasses.asdict(mean_kl(base.model, base.params, ours.model, ours.params, rows))}
+      "kl": dataclasses.asdict(mean_kl(
+          base.model, base.params, ours.model, ours.params, rows, sees_cls=models.has_cls))}
   if models.has_cls:
     found["perplexity"]["with [CLS]"] = dataclasses.asdict(perplexity(ours.model, ours.params, rows, sees_cls=True))
     found["speed"] = dataclasses.asdict(

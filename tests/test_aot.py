@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from saess_jax import aot, config, flash, sharding, train
-from saess_jax.config import DataConfig, MeshConfig, ProbeConfig, RolloutConfig, TrainConfig
+from saess_jax.config import DataConfig, MeshConfig, ProbeConfig, RolloutConfig, SafetyConfig, TrainConfig
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed (pip install libtpu)")
@@ -100,6 +100,15 @@ def test_a_step_compiled_for_a_tpu(mesh):
   report = aot.report_train(small(mesh=mesh), "v5e:2x2")
   assert report["fits"] and 0 < report["hbm_gb_per_device"] < 1 and 0 < report["mfu_bound"] < 1
   assert report["collective_bytes_per_device"]["all-gather"] > 0 and 0 < report["cls_extra_flops_ratio"] < 0.01
+
+
+@pytest.mark.parametrize("safety", [None, SafetyConfig(), SafetyConfig(dependency="high", schedule="annealing")])
+def test_the_decoding_program_traces_with_any_settings(safety):
+  shape = config.model_config("tiny", scan_layers=False)
+  with jax.set_mesh(mesh := sharding.make_mesh(MeshConfig(2, 2, 2))), nn.logical_axis_rules(sharding.RULES):
+    program = aot.decode_program(TrainConfig(), shape, mesh, safety, batch=4, prompt=32, tokens=16, one_step=True)
+    state = jax.eval_shape(program.function, *program.arguments)
+  assert state.result.tokens.shape == (4, 16)
 
 
 @needs_libtpu

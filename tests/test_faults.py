@@ -143,10 +143,11 @@ def test_who_reads_a_run_touches_nothing(finished, tmp_path):
   folder = shutil.copytree(finished[1] / "checkpoints", tmp_path / "checkpoints")
   os.truncate(folder / "6" / "metrics" / "metrics", 0)
   shutil.copytree(folder / "6", folder / f"9{ocp.utils.TMP_DIR_SUFFIX}")
-  before = sorted(folder.rglob("*"))
+  seen = lambda: [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))]
+  before = seen()
   saved = checkpoint.Saved(tmp_path)
   assert saved.steps() == [3, 6] and saved.latest_step() == 6 and saved.best_step() == 3
-  assert saved.restore_trainable(6) and before == sorted(folder.rglob("*"))
+  assert saved.restore_trainable(6) and before == seen()
   nothing = checkpoint.Saved(tmp_path / "elsewhere")
   assert nothing.steps() == [] and nothing.best_step() is None and not (tmp_path / "elsewhere").exists()
 

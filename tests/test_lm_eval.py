@@ -120,10 +120,18 @@ def test_with_the_signal_a_request_has_to_fit_the_window(folder, tmp_path):
   settings = json.loads((copy / "config.json").read_text())
   (copy / "config.json").write_text(json.dumps(
       settings | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}))
+  make = lambda safety: lm_eval.model_class()(weights=str(copy), safety=safety)
   asked = requests("loglikelihood", (CONTEXT * 6, "Sure"))
-  assert lm_eval.model_class()(weights=str(copy), safety="off").loglikelihood(asked)
-  with pytest.raises(ValueError, match="the model's context is 64. Lower the number of examples"):
-    lm_eval.model_class()(weights=str(copy), safety="on").loglikelihood(asked)
+  assert make("off").loglikelihood(asked)
+  for on in ("on", True):
+    with pytest.raises(ValueError, match="the model's context is 63. Lower the number of examples"):
+      make(on).loglikelihood(asked)
+  tokenizer = hf.load_pretrained(str(copy)).tokenizer
+  length = lambda text: len(chat.encode_prompt(tokenizer, text)[0]) + len(chat.encode_text(tokenizer, "Sure"))
+  fills = next(text for n in range(1, 64) if length(text := "q" * n) == 63)  # The window, with [CLS].
+  assert make("on").loglikelihood(requests("loglikelihood", (fills, "Sure")))
+  text = requests("loglikelihood_rolling", (CONTEXT * 8,))
+  assert make("on").loglikelihood_rolling(text) == pytest.approx(make("off").loglikelihood_rolling(text), abs=1e-3)
 
 
 def test_a_run_is_asked_as_it_was_trained(folder, tmp_path):

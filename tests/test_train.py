@@ -611,6 +611,8 @@ def test_a_request_that_leaves_no_room_for_its_rollout_is_told_at_once(tmp_path)
   assert not (tmp_path / "run").exists()
   fitting = dataclasses.replace(config, rollouts=RolloutConfig(tokens=room))
   preflight.check_rollouts(fitting, [10, longest], config_lib.model_config("tiny"))
+  none = dataclasses.replace(config, rollouts=RolloutConfig(enabled=False, tokens=999))
+  preflight.check_rollouts(none, [], config_lib.model_config("tiny"))
 
 
 def test_a_run_does_not_go_on_with_other_rollouts(finished, tmp_path):
@@ -626,7 +628,7 @@ def test_a_run_does_not_go_on_with_other_rollouts(finished, tmp_path):
 
 
 def test_a_run_is_known_by_what_it_saved(finished, tmp_path):
-  """An evaluation goes on with a copy, whenever and wherever it was made; not with other weights."""
+  """Not by when that was: an evaluation goes on with files that were put back, and not with other weights."""
   identity = lambda path: subjects.load_models(config_lib.EvalConfig(checkpoint=str(path))).identity
   shutil.copytree(finished[1], tmp_path / "copy")
   for folder in (tmp_path / "copy" / "checkpoints").iterdir():

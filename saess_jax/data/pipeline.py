@@ -387,12 +387,12 @@ def _is_query(example: Example) -> bool:
 
 
 class Loader:
-  """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read, and tells the
-  examples that they are made of.
+  """Iterator over `Batches` that reads ahead. Its state counts the batches handed out, not those read, and tells by a
+  digest which examples they are made of (`examples`).
   """
 
   def __init__(self, batches: Batches):
-    self._len, self._examples = len(batches), batches.digest()
+    self._len, self.examples = len(batches), batches.digest()
     self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(1, 4)))
 
   def __len__(self) -> int:
@@ -406,14 +406,14 @@ class Loader:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    return self._iterator.get_state() | {"examples": self._examples}
+    return self._iterator.get_state() | {"examples": self.examples}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Raises ValueError where that is a state over other examples: a step's number would not mean the same batches."""
-    before = state.get("examples", self._examples)  # A run that is older than these digests.
-    if before != self._examples:
+    before = state.get("examples", self.examples)  # A run that is older than these digests.
+    if before != self.examples:
       raise ValueError(
-          f"The examples of this run were others when it was stopped (digest {before}, now {self._examples}): its "
+          f"The examples of this run were others when it was stopped (digest {before}, now {self.examples}): its "
           "rollouts.jsonl changed, or the code that makes examples of rows. Put back what it was to resume the run, or "
           "choose another --workdir.")
     self._iterator.set_state({name: value for name, value in state.items() if name != "examples"})

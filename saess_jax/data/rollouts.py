@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from saess_jax.records import Records
 
+FILE = "rollouts.jsonl"  # In a run's workdir.
 CHUNK = 128  # Prompts between two writes.
 _DECLINES = re.compile(
     r"\b(?:sorry|apologi[sz]e|apologies)\b|\bas an? (?:\w+ )*(?:ai|chatbot|language model)\b"
