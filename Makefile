@@ -23,7 +23,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(BIN)/.saess-runtime
 	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(ADAPTER) --workdir runs/demo
 
-train: $(RUN)/adapter.safetensors | same-seed
+train: $(RUN)/adapter.safetensors
 	$(BIN)/python eval.py --config configs/eval_demo.py --checkpoint $(RUN)/adapter.safetensors --workdir $(RUN)/eval
 
 # Finished stages are not made again, whatever seed is asked for.

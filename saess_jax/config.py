@@ -37,9 +37,12 @@ def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]], whole: 
     known = isinstance(value, (int, float, np.number, np.ndarray)) or (
         isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
         and not value.is_deleted())
-    if known and not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high)):
+    if not known:
+      continue
+    array = np.asarray(value)
+    if not np.all((low <= array) & (array <= high)):
       raise ValueError(f"{name} is {value}; expected {low} {'or more' if high == math.inf else f'to {high}'}.")
-    if known and name in whole and not np.issubdtype(np.asarray(value).dtype, np.integer):
+    if name in whole and not np.issubdtype(array.dtype, np.integer):
       raise ValueError(f"{name} is {value}; expected a whole number.")
 
 
@@ -462,21 +465,24 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     if dataclasses.is_dataclass(kind):
       built[name] = _build(kind, dict(value), where)
     elif kind in (int, float, str, bool):
-      if kind is float and type(value) is int:
-        value = float(value)
-      if type(value) is not kind:
+      if not _is_of(value, kind):
         raise ValueError(f"{where} is {value!r}; expected a value of type {kind.__name__}.")
-      built[name] = value
+      built[name] = kind(value)
     elif typing.get_origin(kind) is tuple:
       if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is {value!r}; expected a list of values, also for one.")
       of, *_ = typing.get_args(kind)
-      if wrong := [item for item in value if type(item) is not of and not (of is float and type(item) is int)]:
+      if wrong := [item for item in value if not _is_of(item, of)]:
         raise ValueError(f"{where} is {value!r}, and {wrong[0]!r} in it is no value of type {of.__name__}.")
       built[name] = tuple(value)
     else:
       built[name] = dict(value) if isinstance(value, ml_collections.ConfigDict) else value
   return cls(**built)
+
+
+def _is_of(value: Any, *kinds: type) -> bool:
+  """Whether `value` is of one of these types, and no subclass: True is no number. An int passes for a float."""
+  return type(value) in kinds or float in kinds and type(value) is int
 
 
 def model_config(name: str, **overrides) -> ModelConfig:
@@ -498,10 +504,10 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
   if unknown:
     raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(types_of))}.")
   for name, value in overrides.items():
-    kinds = typing.get_args(types_of[name]) or (types_of[name],)
-    kinds += (int,) * (float in kinds) + (dict, ml_collections.ConfigDict) * (RopeScaling in kinds)
-    if type(value) not in kinds:
-      kind = types_of[name]
+    kind = types_of[name]
+    kinds = typing.get_args(kind) or (kind,)
+    as_json = RopeScaling in kinds and isinstance(value, (dict, ml_collections.ConfigDict))
+    if not (_is_of(value, *kinds) or as_json):
       said = kind.__name__ if isinstance(kind, type) else str(kind)
       raise ValueError(f"model_overrides: {name} is {value!r}; expected a value of type {said}.")
 

@@ -299,7 +299,8 @@ def start(model: Llama, params: Params, prompt: Prompt, rng: jax.Array, config: 
   """Reads the prompt in one pass, takes the initial verdict and chooses the first response token. As `decode`.
 
   Raises:
-    ValueError: the prompt's slots exceed the model's sliding window, or keys of `jax.random.PRNGKey`.
+    ValueError: the prompt's slots exceed the model's sliding window, keys of `jax.random.PRNGKey`, or words in the
+      config's safety that `decode_config` has not read.
   """
   prompt, config = _as_read(prompt, config)
   batch, length = prompt.tokens.shape
@@ -361,9 +362,8 @@ def _check_words(config: DecodeConfig) -> None:
   safety = config.safety
   if safety is None:
     return
-  words = (safety.schedule, safety.refusal_prefix, safety.fixed_refusal, safety.refusal_break)
   other = safety.dependency != "low" and config.refuses_for_good != (safety.dependency == "high")
-  if other or not isinstance(safety.schedule, str) or words != ("each", "", "", ""):
+  if other or jax.tree.structure(safety) != jax.tree.structure(without_words(safety)):  # Of which words are a part.
     raise ValueError(
         "The config's safety has a schedule, a refusal or a dependency that decode_config has not read; it makes token "
         "ids and an array of them. Give decode_config the whole of safety, or replace numbers alone (and `schedule` "

@@ -44,11 +44,9 @@ def check(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
         f"optimizer.clip_norm is {rule.clip_norm}, b1 {rule.b1} and b2 {rule.b2}; expected the first above 0 (a large "
         "one clips nothing) and the others below 1.")
-  for name in ("frozen_layers", "vocab_padding"):
+  for name, instead in (("frozen_layers", "set the run's own"), ("vocab_padding", "training pads by itself")):
     if name in config.model_overrides:
-      raise ValueError(
-          f"model_overrides has {name}, which training sets by itself; leave it out" + (
-              ", and set the run's own frozen_layers." if name == "frozen_layers" else "."))
+      raise ValueError(f"model_overrides has {name}, which would do nothing: leave it out; {instead}.")
   shards = sharding.batch_shards(mesh) * config.optimizer.accumulation
   if config.data.batch_size % shards:
     raise ValueError(

@@ -250,8 +250,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path) -> dict
 
   Raises:
     ValueError: bad settings or data, a mesh that does not fit, a workdir of another run, of other data or from other
-      weights; before anything is written. A workdir that another process trains in, or an aligned run's weights that
-      would have to answer prompts in the unaligned base's place.
+      weights; before anything is written but the lock. A workdir that another process trains in, or an aligned run's
+      weights that would have to answer prompts in the unaligned base's place. A run whose examples changed since.
     Diverged: the loss is not finite; the last good checkpoint stays.
     damage.Damaged, checkpoint.SaveFailed: no checkpoint of those there can be read; one cannot be written.
     cluster.PeerFailed: any of these on another process.

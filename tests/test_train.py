@@ -552,6 +552,8 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves(data, tmp_path, number, sta
     (lambda c: {"model_overrides": {"remat": "dot"}}, "remat is 'dot'; expected one of none"),
     (lambda c: {"model_overrides": {"dtype": "float16"}}, "dtype is 'float16'; expected"),
     (lambda c: {"model_overrides": {"attention": "flash"}}, "attention is 'flash'; expected one of"),
+    (lambda c: {"model_overrides": {"frozen_layers": 1}}, "has frozen_layers, which would do nothing: leave it"),
+    (lambda c: {"model_overrides": {"vocab_padding": 8}}, "has vocab_padding, which would do nothing: leave it out"),
 ])
 def test_bad_settings_stop_before_anything_is_written(data, tmp_path, change, message):
   config = small_config(data)

@@ -1,9 +1,9 @@
 """Rows -> examples -> batches, through grain.
 
 A batch is a pure function of (seed, step): each epoch is a plan, made by a seeded shuffle, that names the examples of
-every batch. The iterator's state is therefore one number, resuming is exact, and every process computes its share of a
-global batch alone. Batches hold rows of like length, padded to one of `DataConfig.buckets`; a row is one example, or
-with `DataConfig.examples_per_row` several packed end to end.
+every batch. The iterator's state is therefore one number and a digest of the examples, resuming is exact, and every
+process computes its share of a global batch alone. Batches hold rows of like length, padded to one of
+`DataConfig.buckets`; a row is one example, or with `DataConfig.examples_per_row` several packed end to end.
 
 Axes: B this process's share of the batch, S stored sequence, E examples of a row, R loss positions, P probes, K places
 of the KL term.
