@@ -1,4 +1,4 @@
-"""Who is evaluated: trained weights with their signal ("saess"), without it ("plain"), and their start ("base")."""
+"""Who is evaluated: trained weights with their signal ("saess") or without ("plain"), and their origin ("base")."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Models:
 def load_models(config: EvalConfig) -> Models:
   """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  "base" is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
+  Of runs that each went on from the one before, "base" is what the first began with: behind SFT and DPO it is the
+  published model. It is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
   "plain". Weights that were trained from no others are their own base. Weights are read when they are first asked.
 
   Raises:
@@ -83,7 +84,8 @@ def load_models(config: EvalConfig) -> Models:
     if name != "base":
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
     if runs.is_run(path):
-      shape, params, tokenizer, _ = pretrained.load_start(path)
+      shape, params, _, _ = pretrained.load_start(runs.origin(path))
+      _, tokenizer = pretrained.start_of(runs.read_config(path))  # In the template of the run that is evaluated.
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)

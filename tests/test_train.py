@@ -642,6 +642,22 @@ def test_a_run_is_known_by_what_it_saved(finished, tmp_path):
   assert identity(tmp_path / "copy") != identity(finished[1])
 
 
+def test_the_base_of_a_chain_of_runs_is_what_the_first_began_with(finished, tmp_path):
+  """Else an attack in the base's own words would be in those of a model that has learned to refuse."""
+  config, workdir, _ = finished
+  second = dataclasses.replace(config, weights=str(workdir), seed=7)
+  second = dataclasses.replace(second, data=dataclasses.replace(second.data, chat_template="alpaca"))
+  for name, run in (("second", second), ("third", dataclasses.replace(second, weights=str(tmp_path / "second")))):
+    shutil.copytree(workdir, tmp_path / name)
+    (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
+    (tmp_path / name / "base.json").unlink()  # What the copy began from is another.
+  base = lambda path: subjects.load_models(config_lib.EvalConfig(checkpoint=str(path))).weights("base")
+  first, last = base(workdir), base(tmp_path / "third")
+  jax.tree.map(np.testing.assert_array_equal, first.params, last.params)
+  assert last.tokenizer.chat_template != first.tokenizer.chat_template
+  assert last.tokenizer.chat_template == pretrained.load_for_research(tmp_path / "third")[2].chat_template
+
+
 @pytest.mark.parametrize("exported", [False, True])
 def test_an_aligned_run_answers_no_prompts_for_its_base(finished, data, tmp_path, exported):
   config, workdir, _ = finished
