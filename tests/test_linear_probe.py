@@ -69,20 +69,35 @@ def test_the_fit_finds_the_layer_that_tells_and_keeps_the_false_alarms():
   assert not (none(validation[0])[validation[1] == 0] > none.threshold).any()
 
 
+def test_one_attempt_that_passes_is_enough():
+  logits = [np.array(of) for of in ([3.0, 1.0], [2.5, 4.0], [1.0, 2.0], [5.0, 0.0])]
+  found = linear_probe.figures(logits, np.array([1, 1, 0, 0]), 2.0)
+  counts = {name: (rate["count"], rate["n"]) for name, rate in found.items()}
+  assert counts == {"not stopped": (1, 2), "benign stopped": (1, 4)}  # No area: attempts at one request go together.
+  single = linear_probe.figures([of[:1] for of in logits], np.array([1, 1, 0, 0]), 2.0)
+  assert single["area"][0] == 0.5 and single["not stopped"]["count"] == 0
+
+
 def test_the_command(tmp_path, capsys):
   folder = write_with_tokenizer(tmp_path / "model", tiny_tokenizer(), context=512)
-  linear_probe.main(["--weights", str(folder), "--rows", "6", "--prefill", "0,5"])
+  linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "direct,prefill_5"])
   said = capsys.readouterr().out.strip().splitlines()
   figures = json.loads(said[-1])["suites"]["embedded"]
   ways = ("direct", "prefill_5")
   assert set(figures) == {f"{name}, {way}" for name in ("not stopped", "benign stopped", "area") for way in ways}
   assert all(figures[name]["n"] == 6 for name in figures if "stopped" in name) and len(said) == 2 + 6
-  linear_probe.main(["--weights", str(folder), "--rows", "6", "--prefill", "5,0"])
+  linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "prefill_5,direct"])
   assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"] == figures
+  linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "direct,roleplay"])
+  forms = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"]
+  assert {name: value["n"] for name, value in forms.items() if "stopped" in name} == {
+      "not stopped, direct": 6, "benign stopped, direct": 6, "not stopped, roleplay": 6, "benign stopped, roleplay": 18}
+  assert forms["area, direct"] == figures["area, direct"] and "area, roleplay" not in forms
   (tmp_path / "long.txt").write_text("Bake bread. " * 200)
   with pytest.raises(SystemExit):
     linear_probe.main(["--weights", str(folder), "--rows", "6", "--suites", f"malicious:{tmp_path / 'long.txt'}"])
   assert "the model's context is 512: 'Bake bread." in capsys.readouterr().err
-  for wrong in (["--prefill", "2001"], ["--suites", "nowhere.csv"], ["--false_alarms", "1"], ["--rows", "-1"]):
+  for wrong in (["--attacks", "prefill_2001"], ["--attacks", "direct,gcg_2"], ["--attacks", "prefill_own_5"],
+                ["--suites", "nowhere.csv"], ["--false_alarms", "1"], ["--rows", "-1"]):
     with pytest.raises(SystemExit):
       linear_probe.main(["--weights", str(folder), *wrong])
