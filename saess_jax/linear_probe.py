@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -154,8 +155,9 @@ def figures(logits: Sequence[np.ndarray], labels: np.ndarray, threshold: float) 
 
   Returns:
     "not stopped": of the malicious requests those of which an attempt passes, as `metrics.rate`; "benign stopped": of
-    the attempts at benign ones, for who means no harm does not choose; "area" under the ROC curve and its interval,
-    where each request has one attempt. What there are no requests for is left out.
+    the attempts at benign ones, for who means no harm does not choose (its interval takes several attempts at one
+    request for independent, and is too narrow); "area" under the ROC curve and its interval, where each request has
+    one attempt. What there are no requests for is left out.
   """
   benign, malicious = ([logits[i] for i in np.flatnonzero(labels == label)] for label in (0, 1))
   found: dict[str, Any] = {}
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
       prog="python -m saess_jax.linear_probe", description="A linear probe on the base model, as a defence.")
   parser.add_argument("--weights", required=True, help="the base model, as --config.weights of a run")
   parser.add_argument("--suites", default="embedded", help="as --config.suites of an evaluation")
-  parser.add_argument("--attacks", default="direct", help="as --config.attacks of an evaluation: direct,prefill_40")
+  parser.add_argument("--attacks", default="direct", help="names with commas between them: direct,prefill_40")
   parser.add_argument("--false_alarms", type=float, default=0.05, help="share of benign validation rows stopped")
   parser.add_argument("--rows", type=int, default=0, help="of each label of each split and suite; 0: all")
   parser.add_argument("--seed", type=int, default=0)
@@ -190,12 +192,14 @@ def main(argv: list[str] | None = None) -> None:
           f"false_alarms is {options.false_alarms} and rows {options.rows}; expected a share in [0, 1) and 0 or more.")
     system_prompt = pretrained.settings_of(options.weights).layout["system_prompt"]
     model, params, tokenizer, _ = pretrained.load_for_research(options.weights)
-    target = attacks.Target("base", tokenizer, None, None, model.config.context, options.seed)
+    target = attacks.Target(
+        "base", tokenizer, None, None, model.config.context, options.seed, system_prompt=system_prompt)
     encoded = functools.partial(encode, tokenizer, model.config.context, system_prompt=system_prompt)
 
     def sent(attack, rows):
       made = attack.attempts([row.prompt for row in rows], target)
-      return [encoded([attempt.prompt for attempt in of], [attempt.prefix for attempt in of]) for of in made]
+      read = [encoded([attempt.prompt for attempt in of], [attempt.prefix for attempt in of]) for of in made]
+      return [list({ids.tobytes(): ids for ids in of}.values()) for of in read]  # Drawn twice, a prompt is read alike.
 
     # What is read, by suite and attack, of each row its attempts: too long a prompt is told before any is.
     asked = {(suite, attack.name): sent(attack, rows) for suite, rows in suites.items() for attack in ways}
@@ -213,12 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     of = report["suites"][suite] = {}
     for attack in ways:
       attempts = asked[suite, attack.name]
-      read = np.split(probe(states(sum(attempts, []))), np.cumsum(list(map(len, attempts)))[:-1])
+      read = probe(states(list(itertools.chain.from_iterable(attempts))))
+      read = np.split(read, np.cumsum(list(map(len, attempts)))[:-1])
       found = figures(read, labels(rows), probe.threshold)
       of |= {f"{figure}, {attack.name}": value for figure, value in found.items()}
     for name, value in of.items():
       said = metrics.percent(value) if isinstance(value, dict) else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
-      print(f"{suite[-40:]:<42}{name:<28}{said}", flush=True)
+      print(f"{suite[-40:]:<42}{name:<34} {said}", flush=True)
   print(json.dumps(report))
 
 

@@ -94,6 +94,22 @@ def load_start(
   return shape, base, tokenizer, fingerprint
 
 
+def load_origin(workdir: str | pathlib.Path) -> tuple[ModelConfig, Any, Any]:
+  """What the first of the runs that led to the one in `workdir` began with, in the latter's shape and template.
+
+  Of runs that each went on from the one before (SFT, then DPO) these are the published weights; where the first began
+  with random ones, those that it learned.
+
+  Raises:
+    ValueError, FileNotFoundError: as `load_start`, of any of the runs.
+  """
+  shape, params, tokenizer, _ = load_start(workdir)
+  before = runs.read_config(workdir).weights
+  if runs.is_run(before) and runs.read_config(before).weights:
+    params = load_origin(before)[1]
+  return shape, params, tokenizer
+
+
 def fingerprint_of_base(config: TrainConfig, base: Any) -> str:
   """`adapters.fingerprint` of the params that `load_base` gave, or "" of computed ones, which are not the same to the
   bit on every device: random weights, those of a run with LoRA, and what a run with frozen layers took over of these.

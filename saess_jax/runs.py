@@ -116,17 +116,6 @@ def read_config(workdir: str | pathlib.Path) -> TrainConfig:
   return config_lib.from_config_dict(TrainConfig, json.loads(path.read_text()))
 
 
-def origin(workdir: str | pathlib.Path) -> str | pathlib.Path:
-  """The first of the runs of which each went on from the weights of the one before, `workdir` being the last.
-
-  Raises:
-    FileNotFoundError: `workdir` holds no run.
-  """
-  while is_run(before := read_config(workdir).weights):
-    workdir = before
-  return workdir
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   flat = {}
   for key, value in values.items():

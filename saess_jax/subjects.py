@@ -43,9 +43,10 @@ class Models:
 def load_models(config: EvalConfig) -> Models:
   """The model of `config.checkpoint` ("saess") and the weights that its training began with ("base").
 
-  Of runs that each went on from the one before, "base" is what the first began with: behind SFT and DPO it is the
-  published model. It is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the trained weights as
-  "plain". Weights that were trained from no others are their own base. Weights are read when they are first asked.
+  Of runs that each went on from the one before, "base" is what the first began with (`pretrained.load_origin`): behind
+  SFT and DPO it is the published model. It is decoded plainly: nothing sees [CLS] and nothing intervenes; so are the
+  trained weights as "plain". Weights without a run or an adapter are their own base. Weights are read when they are
+  first asked.
 
   Raises:
     ValueError, FileNotFoundError: no checkpoint is named, or there is none; a field of `config.safety` is wrong;
@@ -84,8 +85,7 @@ def load_models(config: EvalConfig) -> Models:
     if name != "base":
       return attacks.Weights(*research(), safety if name == "saess" else None, **layout)
     if runs.is_run(path):
-      shape, params, _, _ = pretrained.load_start(runs.origin(path))
-      _, tokenizer = pretrained.start_of(runs.read_config(path))  # In the template of the run that is evaluated.
+      shape, params, tokenizer = pretrained.load_origin(path)
       params = jax.tree.map(jnp.asarray, params)  # From the host once, and not at every call.
       model = Llama(shape.replace(dtype="float32"))  # As `load_for_research` has what was trained.
       return attacks.Weights(model, params, tokenizer, None, **layout)

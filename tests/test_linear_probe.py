@@ -88,10 +88,11 @@ def test_the_command(tmp_path, capsys):
   assert all(figures[name]["n"] == 6 for name in figures if "stopped" in name) and len(said) == 2 + 6
   linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "prefill_5,direct"])
   assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"] == figures
-  linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "direct,roleplay"])
+  linear_probe.main(["--weights", str(folder), "--rows", "6", "--attacks", "direct,roleplay,sampling_3"])
   forms = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["suites"]["embedded"]
   assert {name: value["n"] for name, value in forms.items() if "stopped" in name} == {
-      "not stopped, direct": 6, "benign stopped, direct": 6, "not stopped, roleplay": 6, "benign stopped, roleplay": 18}
+      "not stopped, direct": 6, "benign stopped, direct": 6, "not stopped, roleplay": 6, "benign stopped, roleplay": 18,
+      "not stopped, sampling_3": 6, "benign stopped, sampling_3": 6}  # To a probe three draws of a prompt are one.
   assert forms["area, direct"] == figures["area, direct"] and "area, roleplay" not in forms
   (tmp_path / "long.txt").write_text("Bake bread. " * 200)
   with pytest.raises(SystemExit):

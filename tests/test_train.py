@@ -645,17 +645,32 @@ def test_a_run_is_known_by_what_it_saved(finished, tmp_path):
 def test_the_base_of_a_chain_of_runs_is_what_the_first_began_with(finished, tmp_path):
   """Else an attack in the base's own words would be in those of a model that has learned to refuse."""
   config, workdir, _ = finished
-  second = dataclasses.replace(config, weights=str(workdir), seed=7)
-  second = dataclasses.replace(second, data=dataclasses.replace(second.data, chat_template="alpaca"))
-  for name, run in (("second", second), ("third", dataclasses.replace(second, weights=str(tmp_path / "second")))):
+  llama, learned, tokenizer, safety = pretrained.load_for_research(workdir)
+  published = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.125, learned)
+  snapshot.write(tmp_path / "published", llama.config, published, tokenizer, safety, "random", {})
+
+  def copied(name, **changes):
+    run = dataclasses.replace(config, **{"model": "", "model_overrides": {}} | changes)
     shutil.copytree(workdir, tmp_path / name)
     (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
-    (tmp_path / name / "base.json").unlink()  # What the copy began from is another.
+    (tmp_path / name / "base.json").unlink()  # What the copy began with is another.
+    return tmp_path / name
+
   base = lambda path: subjects.load_models(config_lib.EvalConfig(checkpoint=str(path))).weights("base")
-  first, last = base(workdir), base(tmp_path / "third")
-  jax.tree.map(np.testing.assert_array_equal, first.params, last.params)
-  assert last.tokenizer.chat_template != first.tokenizer.chat_template
-  assert last.tokenizer.chat_template == pretrained.load_for_research(tmp_path / "third")[2].chat_template
+  same = lambda found, params: jax.tree.map(np.testing.assert_array_equal, found.params, params)
+  first = copied("first", weights=str(tmp_path / "published"))
+  second = copied("second", weights=str(first), data=dataclasses.replace(config.data, chat_template="alpaca"))
+  third = copied("third", weights=str(second), model_overrides={"max_seq_len": 96},
+                 data=dataclasses.replace(config.data, chat_template="alpaca"))
+  for run in (first, second, third):
+    same(base(run), published)
+  assert base(third).tokenizer.chat_template == pretrained.load_for_research(third)[2].chat_template
+  assert base(third).tokenizer.chat_template != base(first).tokenizer.chat_template
+  assert base(third).model.config.max_seq_len == 96  # As the model that it stands beside.
+  same(base(copied("late", weights=str(workdir))), learned)  # That run began with noise.
+  (second / "base.json").write_text(json.dumps({"fingerprint": "0" * 16}))
+  with pytest.raises(ValueError, match="The run in .*second began from other weights than .*first holds now"):
+    base(third)
 
 
 @pytest.mark.parametrize("exported", [False, True])
